@@ -1,0 +1,70 @@
+"""The one place where a gate touches an activation map (Eq. 3-5 of the paper)."""
+
+from typing import Any
+
+import torch
+from timm.models import register_notrace_module
+from torch import Tensor, nn
+
+
+class _Gate(torch.autograd.Function):
+    """`y = relu(x) * gate` in place (or `x * gate`), keeping only `y` (which the next convolution keeps anyway).
+
+    The ungated activation that the gradient of the gate needs is `y / gate`. Where the gate is closed that is
+    undefined, but there the ReLU that produced the gate stops the gradient, so zero is exact.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, relu: bool) -> Tensor:
+        scale = gate.to(x.dtype)[:, :, None, None]
+        if relu:
+            y = x.relu_().mul_(scale)
+            ctx.mark_dirty(x)
+        else:  # other activations may keep their output for their own backward pass
+            y = x * scale
+        ctx.save_for_backward(y, gate)
+        ctx.relu = relu
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        y, gate = ctx.saved_tensors
+        grad_x = grad_gate = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad * gate.to(grad.dtype)[:, :, None, None]
+            if ctx.relu:
+                grad_x = torch.ops.aten.threshold_backward(grad_x, y, 0)
+        if ctx.needs_input_grad[1]:
+            total = (grad * y).sum((2, 3), dtype=gate.dtype)
+            is_open = gate > 0
+            grad_gate = torch.where(is_open, total / torch.where(is_open, gate, 1), 0)
+        return grad_x, grad_gate, None
+
+
+@register_notrace_module
+class GatedActivation(nn.Module):
+    """Activation followed by the gate of its layer; a closed gate leaves an exactly zero channel.
+
+    Holds no parameters, so a base network keeps its state-dict keys when its activations are wrapped.
+    Training memory equals that of the ungated activation: see `_Gate`. Under `torch.compile` the plain
+    formula is traced instead, and the compiler decides what to keep.
+
+    Args:
+        act: the base network's activation; ReLU takes the fastest path, any other works.
+    """
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+        self.is_relu = isinstance(act, nn.ReLU)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Map `(B, C, H, W)` and gates `(B, C)` to the gated `(B, C, H, W)`; overwrites `x`."""
+        if torch.jit.is_scripting():
+            return self.act(x) * gate.to(x.dtype)[:, :, None, None]
+        if torch.compiler.is_compiling():
+            return self.act(x) * gate.to(x.dtype)[:, :, None, None]
+        if self.is_relu:
+            return _Gate.apply(x, gate, True)
+        return _Gate.apply(self.act(x), gate, False)

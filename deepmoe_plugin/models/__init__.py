@@ -1,0 +1,1 @@
+"""Network families; importing this package registers every model with timm."""

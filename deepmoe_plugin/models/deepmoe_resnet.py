@@ -1,0 +1,519 @@
+"""Gated ResNets (Fig. 2) on timm's ResNet: ImageNet networks, CIFAR networks and DRN-A."""
+
+from collections.abc import Sequence
+from typing import Any, Final, List  # noqa: UP035 (TorchScript reads List)
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_norm_layer
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from ..activation import GatedActivation
+from ..experts import block_experts, resnet_experts, widen_experts
+from ..gating import GatingConfig
+from ..network import DeepMoE
+
+CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
+CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+SMALL_IMAGE_EMBEDDING = (16, 32, 64, 128)
+
+
+class GatedBasicBlock(BasicBlock):
+    """timm's basic block with its inner activation gated (Fig. 2a)."""
+
+    first_gate: int = 0
+
+    def forward(self, x: Tensor, gates: List[Tensor]) -> Tensor:  # noqa: UP006
+        """Run the block on `x` (B, C, H, W) with the gates of all layers of the network, each (B, C_l)."""
+        shortcut = x
+        x = self.drop_block(self.bn1(self.conv1(x)))
+        x = self.aa(self.act1(x, gates[self.first_gate]))
+        x = self.bn2(self.conv2(x))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act2(x)
+
+
+class GatedBottleneck(Bottleneck):
+    """timm's bottleneck with both inner activations gated ('A', Fig. 2b) or only the one after the 3x3 ('B', 2c)."""
+
+    first_gate: int = 0
+    gate_inner: Final[bool]
+
+    def __init__(self, *args: Any, bottleneck: str = 'A', **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gate_inner = len(block_experts(type(self), bottleneck)) == 2
+
+    def forward(self, x: Tensor, gates: List[Tensor]) -> Tensor:  # noqa: UP006
+        """Run the block on `x` (B, C, H, W) with the gates of all layers of the network, each (B, C_l)."""
+        shortcut = x
+        x = self.bn1(self.conv1(x))
+        if self.gate_inner:
+            x = self.act1(x, gates[self.first_gate])
+        else:
+            x = self.act1(x)
+        x = self.drop_block(self.bn2(self.conv2(x)))
+        x = self.aa(self.act2(x, gates[self.first_gate + int(self.gate_inner)]))
+        x = self.bn3(self.conv3(x))
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act3(x)
+
+
+class GatedStage(nn.Sequential):
+    """Residual blocks that share the gates of the network."""
+
+    def forward(self, x: Tensor, gates: List[Tensor]) -> Tensor:  # noqa: UP006
+        """Run the blocks on `x` (B, C, H, W) with the gates of all layers of the network, each (B, C_l)."""
+        for block in self:
+            x = block(x, gates)
+        return x
+
+
+@register_notrace_module
+class PadShortcut(nn.Module):
+    """Option-A shortcut of CIFAR ResNets (He et al. 2016, section 4.2): subsample, pad channels with zeros."""
+
+    def __init__(self, extra_channels: int, stride: int) -> None:
+        super().__init__()
+        self.extra_channels = extra_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
+
+
+class WideResNet(ResNet):
+    """timm's ResNet with its expert layers widened: the dense twin of `DeepMoEResNet`, key for key.
+
+    Args:
+        block: timm's `BasicBlock` or `Bottleneck`.
+        layers: blocks of each stage.
+        widen: factor on the width of each expert layer, or one factor for each.
+        bottleneck: 'A' or 'B', which layers of a bottleneck are expert layers (Fig. 2).
+        small_images: CIFAR layout: 3x3 stem at stride 1, no pooling, option-A shortcuts, three stages.
+        **kwargs: timm's ResNet arguments.
+
+    Raises:
+        ValueError: an argument contradicts `widen`, or is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: Sequence[int],
+        widen: float | Sequence[float] = 1,
+        bottleneck: str = 'A',
+        small_images: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        for name in ('base_width', 'cardinality', 'block_reduce_first'):
+            if name in kwargs:
+                raise ValueError(f'{name} is not supported: use `widen` to set the width of the expert layers.')
+        if kwargs.get('output_stride', 32) not in (8, 16, 32):
+            raise ValueError(f'output_stride must be 8, 16 or 32, got {kwargs["output_stride"]}.')
+        if small_images and kwargs.get('output_stride', 32) != 32:
+            raise ValueError('output_stride cannot be changed with small_images=True.')
+        block_experts(block, bottleneck)
+        channels = (16, 32, 64) if small_images else (64, 128, 256, 512)
+        super().__init__(block, tuple(layers), channels=channels, **kwargs)
+        if small_images:
+            self._adapt_to_small_images(**kwargs)
+        self.expert_layers = resnet_experts(self, bottleneck)
+        norm_layer = get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d))
+        widen_experts(self, self.expert_layers, widen, norm_layer)
+        self.init_weights(kwargs.get('zero_init_last', True))
+
+    def _adapt_to_small_images(self, **kwargs: Any) -> None:
+        dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
+        norm_layer = get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d))
+        self.conv1 = nn.Conv2d(self.in_chans, 16, 3, padding=1, bias=False, **dd)
+        self.bn1 = norm_layer(16, **dd)
+        self.maxpool = nn.Identity()
+        self.layer4 = nn.Sequential()
+        self.layer1[0].conv1 = nn.Conv2d(16, 16, 3, padding=1, bias=False, **dd)
+        self.layer1[0].downsample = None
+        self.layer2[0].downsample = PadShortcut(16, stride=2)
+        self.layer3[0].downsample = PadShortcut(32, stride=2)
+        modules = ('act1', 'layer1', 'layer2', 'layer3')
+        taps = zip((16, 16, 32, 64), (1, 1, 2, 4), modules, strict=True)
+        self.feature_info = [dict(num_chs=c, reduction=r, module=m) for c, r, m in taps]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features after the stem and after each stage; see timm's ResNet for the arguments."""
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        take_indices, last = feature_take_indices(len(self.feature_info), indices)
+        args = self.stage_args(x)
+        x = self.act1(self.bn1(self.conv1(x)))
+        intermediates = [x] if 0 in take_indices else []
+        x = self.maxpool(x)
+        stages = range(1, len(self.feature_info))
+        for i in stages[:last] if stop_early else stages:
+            x = self.run_stage(getattr(self, f'layer{i}'), x, *args)
+            if i in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    @torch.jit.ignore
+    def stage_args(self, x: Tensor) -> tuple[Any, ...]:
+        """What the stages take beside their input, for these images: nothing in a dense network."""
+        return ()
+
+    @torch.jit.ignore
+    def run_stage(self, stage: nn.Sequential, x: Tensor, *args: Any) -> Tensor:
+        """Run the blocks of a stage, each checkpointed if so set."""
+        for block in stage:
+            x = checkpoint(block, x, *args) if self.grad_checkpointing else block(x, *args)
+        return x
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages (and their gates) that no feature in `indices` needs; see timm's ResNet."""
+        take_indices, last = feature_take_indices(len(self.feature_info), indices)
+        pruned_end = last < len(self.feature_info) - 1
+        for i in range(last + 1, len(self.feature_info)):
+            stage = f'layer{i}'
+            setattr(self, stage, type(getattr(self, stage))())
+        if last == 0:
+            self.maxpool = nn.Identity()
+        if pruned_end:
+            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+        if prune_head or pruned_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+
+class DeepMoEResNet(DeepMoE, WideResNet):
+    """ResNet whose expert layers are gated for each image.
+
+    Args:
+        block: timm's `BasicBlock` or `Bottleneck`.
+        layers: blocks of each stage.
+        **kwargs: the arguments of `GatingConfig`, `WideResNet` and timm's ResNet.
+
+    Raises:
+        ValueError: an argument is out of range or contradicts another; the message names it.
+    """
+
+    def __init__(self, block: type[nn.Module], layers: Sequence[int], **kwargs: Any) -> None:
+        if kwargs.get('small_images'):
+            kwargs.setdefault('embedding_channels', SMALL_IMAGE_EMBEDDING)
+        config = GatingConfig.pop_from(kwargs)
+        gated_block = GatedBasicBlock if issubclass(block, BasicBlock) else GatedBottleneck
+        bottleneck = kwargs.get('bottleneck', 'A')
+        if gated_block is GatedBottleneck:
+            kwargs['block_args'] = {**(kwargs.get('block_args') or {}), 'bottleneck': bottleneck}
+        super().__init__(gated_block, layers, **kwargs)
+        for layer in self.expert_layers:
+            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act)))
+        for i in range(1, 5):
+            setattr(self, f'layer{i}', GatedStage(*getattr(self, f'layer{i}')))
+        first_gate = 0
+        for module in self.modules():
+            if isinstance(module, GatedBasicBlock | GatedBottleneck):
+                module.first_gate = first_gate
+                first_gate += len(block_experts(type(module), bottleneck))
+        self.add_gating(
+            config,
+            self.expert_layers,
+            self.in_chans,
+            self.num_classes,
+            min_size=2 ** len(config.embedding_channels),
+            norm_layer=get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d)),
+            device=kwargs.get('device'),
+            dtype=kwargs.get('dtype'),
+        )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to the unpooled features of the last stage."""
+        gates = self.gating(x)
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+                x = self.run_stage(stage, x, gates)
+            return x
+        x = self.layer1(x, gates)
+        x = self.layer2(x, gates)
+        x = self.layer3(x, gates)
+        return self.layer4(x, gates)
+
+    @torch.jit.ignore
+    def stage_args(self, x: Tensor) -> tuple[Any, ...]:
+        """The gates of all layers for these images."""
+        return (self.gating(x),)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages (and their gates) that no feature in `indices` needs; see timm's ResNet."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        present = {name for name, _ in self.named_modules()}
+        self.keep_first_experts(sum(layer.conv in present for layer in self.expert_layers))
+        return take_indices
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, and the embedding's where the model has `L_e`."""
+        super().reset_classifier(num_classes, global_pool)
+        self.gating.reset_classifier(num_classes)
+
+
+def _create_resnet(variant: str, pretrained: bool = False, gated: bool = True, **kwargs: Any) -> nn.Module:
+    """Build a network of this family; `gated=False` gives its dense twin with the same widths."""
+    return build_model_with_cfg(
+        DeepMoEResNet if gated else WideResNet,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3) if kwargs.get('small_images') else (0, 1, 2, 3, 4), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': ('conv1', 'gating.embedding.layers.0.conv'),
+        'classifier': 'fc',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+    small = {'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0}
+    return _cfg(**{**small, 'mean': CIFAR100_MEAN, 'std': CIFAR100_STD, **kwargs})
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'wide_deepmoe_resnet18': _cfg(),
+        'wide_deepmoe_resnet34': _cfg(),
+        'wide_deepmoe_resnet50': _cfg(),
+        'wide_deepmoe_resnet101': _cfg(),
+        'wide_deepmoe_resnet50b': _cfg(),
+        'narrow_deepmoe_resnet18': _cfg(),
+        'narrow_deepmoe_resnet34': _cfg(),
+        'narrow_deepmoe_resnet50': _cfg(),
+        'narrow_deepmoe_resnet101': _cfg(),
+        'wide_deepmoe_resnet20_cifar': _cifar_cfg(),
+        'narrow_deepmoe_resnet20_cifar': _cifar_cfg(),
+        'resnet20_cifar': _cifar_cfg(first_conv='conv1'),
+        'wide_deepmoe_resnet32_cifar': _cifar_cfg(),
+        'narrow_deepmoe_resnet32_cifar': _cifar_cfg(),
+        'resnet32_cifar': _cifar_cfg(first_conv='conv1'),
+        'wide_deepmoe_resnet56_cifar': _cifar_cfg(),
+        'narrow_deepmoe_resnet56_cifar': _cifar_cfg(),
+        'resnet56_cifar': _cifar_cfg(first_conv='conv1'),
+        'wide_deepmoe_resnet110_cifar': _cifar_cfg(),
+        'narrow_deepmoe_resnet110_cifar': _cifar_cfg(),
+        'resnet110_cifar': _cifar_cfg(first_conv='conv1'),
+        'wide_deepmoe_drn_a_50': _cfg(pool_size=(28, 28)),
+        'narrow_deepmoe_drn_a_50': _cfg(pool_size=(28, 28)),
+        'drn_a_50': _cfg(first_conv='conv1', pool_size=(28, 28)),
+    }
+)
+
+
+@register_model
+def wide_deepmoe_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE-18: ResNet-18, twice the experts in every gated layer."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), widen=2)
+    return _create_resnet('wide_deepmoe_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE-34: ResNet-34, twice the experts in every gated layer."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), widen=2)
+    return _create_resnet('wide_deepmoe_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE-50: ResNet-50, twice the experts in every gated layer; both inner activations gated (bottleneck A)."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=2)
+    return _create_resnet('wide_deepmoe_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE-101: ResNet-101, twice the experts in every gated layer; both inner activations gated (bottleneck A)."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), widen=2)
+    return _create_resnet('wide_deepmoe_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_resnet50b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE-50-B: ResNet-50, only the 3x3 convolutions widened and gated (bottleneck B)."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=2, bottleneck='B')
+    return _create_resnet('wide_deepmoe_resnet50b', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE-18: ResNet-18, the experts of the original in every gated layer."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), widen=1)
+    return _create_resnet('narrow_deepmoe_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE-34: ResNet-34, the experts of the original in every gated layer."""
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), widen=1)
+    return _create_resnet('narrow_deepmoe_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE-50: ResNet-50, the experts of the original in every gated layer; both inner activations gated (bottleneck A)."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=1)
+    return _create_resnet('narrow_deepmoe_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE-101: ResNet-101, the experts of the original in every gated layer; both inner activations gated (bottleneck A)."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), widen=1)
+    return _create_resnet('narrow_deepmoe_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE-20 for 32x32 images."""
+    model_args = dict(block=BasicBlock, layers=(3, 3, 3), widen=2, small_images=True)
+    return _create_resnet('wide_deepmoe_resnet20_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE-20 for 32x32 images."""
+    model_args = dict(block=BasicBlock, layers=(3, 3, 3), widen=1, small_images=True)
+    return _create_resnet('narrow_deepmoe_resnet20_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-20 for 32x32 images with option-A shortcuts (He et al. 2016), the dense twin."""
+    model_args = dict(block=BasicBlock, layers=(3, 3, 3), small_images=True, gated=False)
+    return _create_resnet('resnet20_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE-32 for 32x32 images."""
+    model_args = dict(block=BasicBlock, layers=(5, 5, 5), widen=2, small_images=True)
+    return _create_resnet('wide_deepmoe_resnet32_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE-32 for 32x32 images."""
+    model_args = dict(block=BasicBlock, layers=(5, 5, 5), widen=1, small_images=True)
+    return _create_resnet('narrow_deepmoe_resnet32_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-32 for 32x32 images with option-A shortcuts (He et al. 2016), the dense twin."""
+    model_args = dict(block=BasicBlock, layers=(5, 5, 5), small_images=True, gated=False)
+    return _create_resnet('resnet32_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE-56 for 32x32 images."""
+    model_args = dict(block=BasicBlock, layers=(9, 9, 9), widen=2, small_images=True)
+    return _create_resnet('wide_deepmoe_resnet56_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE-56 for 32x32 images."""
+    model_args = dict(block=BasicBlock, layers=(9, 9, 9), widen=1, small_images=True)
+    return _create_resnet('narrow_deepmoe_resnet56_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-56 for 32x32 images with option-A shortcuts (He et al. 2016), the dense twin."""
+    model_args = dict(block=BasicBlock, layers=(9, 9, 9), small_images=True, gated=False)
+    return _create_resnet('resnet56_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE-110 for 32x32 images."""
+    model_args = dict(block=BasicBlock, layers=(18, 18, 18), widen=2, small_images=True)
+    return _create_resnet('wide_deepmoe_resnet110_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE-110 for 32x32 images."""
+    model_args = dict(block=BasicBlock, layers=(18, 18, 18), widen=1, small_images=True)
+    return _create_resnet('narrow_deepmoe_resnet110_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ResNet-110 for 32x32 images with option-A shortcuts (He et al. 2016), the dense twin."""
+    model_args = dict(block=BasicBlock, layers=(18, 18, 18), small_images=True, gated=False)
+    return _create_resnet('resnet110_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_drn_a_50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE on DRN-A-50: ResNet-50 dilated to output stride 8 (section 5.4)."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=2, output_stride=8)
+    return _create_resnet('wide_deepmoe_drn_a_50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_drn_a_50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE on DRN-A-50: ResNet-50 dilated to output stride 8 (section 5.4)."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=1, output_stride=8)
+    return _create_resnet('narrow_deepmoe_drn_a_50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def drn_a_50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DRN-A-50 (Yu et al. 2017): ResNet-50 dilated to output stride 8, the dense twin."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), output_stride=8, gated=False)
+    return _create_resnet('drn_a_50', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,272 @@
+"""Gated VGG (section 3.3: a gate after every convolution) on timm's VGG."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, List  # noqa: UP035 (TorchScript reads List)
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.vgg import VGG, cfgs
+from torch import Tensor, nn
+
+from ..activation import GatedActivation
+from ..experts import per_layer, vgg_experts
+from ..gating import GatingConfig
+from ..network import DeepMoE
+from .deepmoe_resnet import CIFAR100_MEAN, CIFAR100_STD, SMALL_IMAGE_EMBEDDING
+
+Layout = Sequence[int | str]
+
+
+class WideVGG(VGG):
+    """timm's VGG with its convolutions widened: the dense twin of `DeepMoEVGG`, key for key.
+
+    Args:
+        layout: widths of the convolutions, with 'M' for a max-pooling layer, as in `timm.models.vgg.cfgs`.
+        widen: factor on the width of each convolution, or one factor for each.
+        small_images: CIFAR layout: convolutions without bias, one linear layer as the head.
+        **kwargs: timm's VGG arguments.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        widen: float | Sequence[float] = 1,
+        small_images: bool = False,
+        norm_layer: Any = nn.BatchNorm2d,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get('output_stride', 32) != 32:
+            raise ValueError(f'output_stride must be 32 for a VGG, got {kwargs["output_stride"]}.')
+        widths = [step for step in layout if isinstance(step, int)]
+        factors = iter(per_layer(widen, len(widths)))
+        layout = [max(1, round(step * next(factors))) if isinstance(step, int) else step for step in layout]
+        if small_images:
+            # timm builds its large head in any case: make it tiny, it is replaced below.
+            kwargs.update(conv_layer=partial(nn.Conv2d, bias=False), mlp_ratio=1 / 4096)
+        super().__init__(list(layout), norm_layer=norm_layer, **kwargs)
+        if small_images:
+            dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
+            pool, drop = kwargs.get('global_pool', 'avg'), kwargs.get('drop_rate', 0.0)
+            self.pre_logits = nn.Identity()
+            self.head = ClassifierHead(self.num_features, self.num_classes, pool_type=pool, drop_rate=drop, **dd)
+            self.head_hidden_size = self.head.num_features
+        self.expert_layers = vgg_experts(self)
+
+
+class GatedFeatures(nn.Sequential):
+    """The convolution stack of a VGG, its activations gated."""
+
+    def forward(self, x: Tensor, gates: List[Tensor]) -> Tensor:  # noqa: UP006
+        """Map images (B, C, H, W) and the gates of all layers, each (B, C_l), to features."""
+        i = 0
+        for layer in self:
+            if hasattr(layer, 'is_relu'):  # a GatedActivation; TorchScript cannot resolve isinstance here
+                x = layer(x, gates[i])
+                i += 1
+            else:
+                x = layer(x)
+        return x
+
+
+class DeepMoEVGG(DeepMoE, WideVGG):
+    """VGG whose convolutions are gated for each image.
+
+    Args:
+        layout: widths of the convolutions, with 'M' for a max-pooling layer, as in `timm.models.vgg.cfgs`.
+        **kwargs: the arguments of `GatingConfig`, `WideVGG` and timm's VGG.
+
+    Raises:
+        ValueError: an argument is out of range or contradicts another; the message names it.
+    """
+
+    def __init__(self, layout: Layout, **kwargs: Any) -> None:
+        if kwargs.get('small_images'):
+            kwargs.setdefault('embedding_channels', SMALL_IMAGE_EMBEDDING)
+        config = GatingConfig.pop_from(kwargs)
+        super().__init__(layout, **kwargs)
+        for layer in self.expert_layers:
+            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act)))
+        self.features = GatedFeatures(*self.features)
+        self.add_gating(
+            config,
+            self.expert_layers,
+            self.in_chans,
+            self.num_classes,
+            min_size=self.feature_info[-1]['reduction'],
+            device=kwargs.get('device'),
+            dtype=kwargs.get('dtype'),
+        )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to the unpooled features (B, C, H/32, W/32)."""
+        return self.features(x, self.gating(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features before each pooling layer and after the last; see timm's VGG for the arguments."""
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        take_indices, last = feature_take_indices(len(self.feature_ends), indices)
+        gates = iter(self.gating(x))
+        taken = {self.feature_ends[i] for i in take_indices}
+        layers = self.features[: self.feature_ends[last] + 1] if stop_early else self.features
+        intermediates = []
+        for i, layer in enumerate(layers):
+            x = layer(x, next(gates)) if isinstance(layer, GatedActivation) else layer(x)
+            if i in taken:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the layers (and their gates) that no feature in `indices` needs; see timm's VGG."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.keep_first_experts(sum(isinstance(layer, GatedActivation) for layer in self.features))
+        return take_indices
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, and the embedding's where the model has `L_e`."""
+        super().reset_classifier(num_classes, global_pool)
+        self.gating.reset_classifier(num_classes)
+
+
+def _create_vgg(variant: str, pretrained: bool = False, gated: bool = True, **kwargs: Any) -> nn.Module:
+    """Build a network of this family; `gated=False` gives its dense twin with the same widths."""
+    return build_model_with_cfg(
+        DeepMoEVGG if gated else WideVGG,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4, 5), feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': ('features.0', 'gating.embedding.layers.0.conv'),
+        'classifier': 'head.fc',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+    small = {'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (1, 1), 'crop_pct': 1.0}
+    return _cfg(**{**small, 'mean': CIFAR100_MEAN, 'std': CIFAR100_STD, **kwargs})
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'wide_deepmoe_vgg11_bn': _cfg(),
+        'wide_deepmoe_vgg13_bn': _cfg(),
+        'wide_deepmoe_vgg16_bn': _cfg(),
+        'wide_deepmoe_vgg19_bn': _cfg(),
+        'wide_deepmoe_vgg16_cifar': _cifar_cfg(),
+        'narrow_deepmoe_vgg11_bn': _cfg(),
+        'narrow_deepmoe_vgg13_bn': _cfg(),
+        'narrow_deepmoe_vgg16_bn': _cfg(),
+        'narrow_deepmoe_vgg19_bn': _cfg(),
+        'narrow_deepmoe_vgg16_cifar': _cifar_cfg(),
+        'vgg16_cifar': _cifar_cfg(first_conv='features.0'),
+    }
+)
+
+
+@register_model
+def wide_deepmoe_vgg11_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE on VGG-11 with batch norm."""
+    model_args = dict(layout=cfgs['vgg11'], widen=2)
+    return _create_vgg('wide_deepmoe_vgg11_bn', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_vgg13_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE on VGG-13 with batch norm."""
+    model_args = dict(layout=cfgs['vgg13'], widen=2)
+    return _create_vgg('wide_deepmoe_vgg13_bn', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_vgg16_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE on VGG-16 with batch norm."""
+    model_args = dict(layout=cfgs['vgg16'], widen=2)
+    return _create_vgg('wide_deepmoe_vgg16_bn', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_vgg19_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE on VGG-19 with batch norm."""
+    model_args = dict(layout=cfgs['vgg19'], widen=2)
+    return _create_vgg('wide_deepmoe_vgg19_bn', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def wide_deepmoe_vgg16_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Wide-DeepMoE on VGG-16 for 32x32 images: 13 convolutions and one linear layer."""
+    model_args = dict(layout=cfgs['vgg16'], widen=2, small_images=True)
+    return _create_vgg('wide_deepmoe_vgg16_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_vgg11_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE on VGG-11 with batch norm."""
+    model_args = dict(layout=cfgs['vgg11'], widen=1)
+    return _create_vgg('narrow_deepmoe_vgg11_bn', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_vgg13_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE on VGG-13 with batch norm."""
+    model_args = dict(layout=cfgs['vgg13'], widen=1)
+    return _create_vgg('narrow_deepmoe_vgg13_bn', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_vgg16_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE on VGG-16 with batch norm."""
+    model_args = dict(layout=cfgs['vgg16'], widen=1)
+    return _create_vgg('narrow_deepmoe_vgg16_bn', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_vgg19_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE on VGG-19 with batch norm."""
+    model_args = dict(layout=cfgs['vgg19'], widen=1)
+    return _create_vgg('narrow_deepmoe_vgg19_bn', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def narrow_deepmoe_vgg16_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Narrow-DeepMoE on VGG-16 for 32x32 images: 13 convolutions and one linear layer."""
+    model_args = dict(layout=cfgs['vgg16'], widen=1, small_images=True)
+    return _create_vgg('narrow_deepmoe_vgg16_cifar', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vgg16_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """VGG-16 for 32x32 images: 13 convolutions with batch norm and one linear layer, the dense twin."""
+    model_args = dict(layout=cfgs['vgg16'], small_images=True, gated=False)
+    return _create_vgg('vgg16_cifar', pretrained, **dict(model_args, **kwargs))
