@@ -1,4 +1,26 @@
-"""DeepMoE (deep mixture of experts via shallow embedding) for timm and MMSegmentation."""
+"""DeepMoE (deep mixture of experts via shallow embedding) for timm and MMSegmentation.
 
+Importing this package registers its models with timm and lets timm's training tasks optimise the DeepMoE objective.
+"""
+
+from . import timm_hook
+from .gating import GatingConfig
+from .losses import DeepMoELoss
+from .macs import MacsReport, count_macs
 from .models import deepmoe_resnet, deepmoe_vgg
-from .network import find_deepmoe, freeze_gating, unfreeze_gating
+from .network import DeepMoE, find_deepmoe, freeze_gating, unfreeze_gating
+
+__all__ = [
+    'DeepMoE',
+    'DeepMoELoss',
+    'GatingConfig',
+    'MacsReport',
+    'count_macs',
+    'deepmoe_resnet',
+    'deepmoe_vgg',
+    'find_deepmoe',
+    'freeze_gating',
+    'unfreeze_gating',
+]
+
+timm_hook.install()

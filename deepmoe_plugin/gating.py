@@ -140,6 +140,8 @@ class GateHeads(nn.Module):
         weight = self.weight.to(mixture.dtype)
         if torch.jit.is_scripting():
             return F.linear(mixture, weight)
+        if not torch.amp.is_autocast_available(mixture.device.type):
+            return F.linear(mixture, weight)
         with torch.autocast(mixture.device.type, enabled=False):
             return F.linear(mixture, weight)
 

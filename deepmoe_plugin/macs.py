@@ -1,0 +1,210 @@
+"""Multiply-accumulates (MACs) of every image.
+
+Convention: one multiply-accumulate counts 1. Counted are convolutions and linear layers, biases not; norms,
+activations, pooling, additions and the softmax are not. The paper's 'FLOPs' are these MACs without the shortcut
+convolutions (Table 3: its ResNet-50 has 3.73e9), so shortcuts are a group of their own. An expert layer costs in
+proportion to (kept inputs) x (kept outputs) of its convolution.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .experts import expert_widths
+from .gating import GateHeads
+from .network import DeepMoE, deepmoe_networks
+
+GROUPS = ('base', 'shortcut', 'head', 'embedding', 'gate_heads')
+GATING_GROUPS = ('embedding', 'gate_heads')
+
+
+class ModuleCost(NamedTuple):
+    """Dense MACs of one module for one image.
+
+    Attributes:
+        name: dotted module name.
+        group: one of `GROUPS`.
+        macs: multiply-accumulates with all experts kept.
+        reads: index of the gated layer whose experts the module reads, None if its input is dense.
+        writes: index of the gated layer whose experts the module computes, None if its output is dense.
+    """
+
+    name: str
+    group: str
+    macs: int
+    reads: int | None
+    writes: int | None
+
+
+class MacsReport(NamedTuple):
+    """MACs of each image of a batch.
+
+    Attributes:
+        by_module: module name to MACs, each of shape (B,), in the order in which the network runs.
+        by_group: the same summed over the groups 'base', 'shortcut', 'head', 'embedding' and 'gate_heads'.
+        dense_by_group: MACs of one image if all experts were kept.
+    """
+
+    by_module: dict[str, Tensor]
+    by_group: dict[str, Tensor]
+    dense_by_group: dict[str, int]
+
+    @property
+    def total(self) -> Tensor:
+        """MACs of each image with everything counted, shape (B,)."""
+        return torch.stack(list(self.by_group.values())).sum(0)
+
+    @property
+    def dense_total(self) -> int:
+        """MACs of one image with all experts kept, everything counted."""
+        return sum(self.dense_by_group.values())
+
+
+def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCost]:
+    """Dense MACs of each convolution and linear layer, in the order of execution.
+
+    Runs the model once on the meta device: no arithmetic, no copy of the weights.
+
+    Args:
+        model: a network of this package or a plain one, taking images (B, in_chans, H, W).
+        image_size: (H, W) in pixels.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    network = next(deepmoe_networks(model), None)
+    prefix = names[network] + '.' if network is not None and names[network] else ''
+    layers = network.expert_layers if network is not None else ()
+    writes = {prefix + layer.conv: i for i, layer in enumerate(layers)}
+    reads = {prefix + layer.consumer: i for i, layer in enumerate(layers) if layer.consumer}
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    costs: list[ModuleCost] = []
+
+    def measure(module: nn.Module, _args: object, output: Tensor) -> None:
+        name = names[module]
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        positions = math.prod(output.shape[2:]) if isinstance(module, nn.Conv2d) else 1
+        if isinstance(module, GateHeads):
+            group = 'gate_heads'
+        elif name.startswith(f'{prefix}gating.'):
+            group = 'embedding'
+        elif '.downsample.' in name:
+            group = 'shortcut'
+        elif module is classifier or name.startswith('pre_logits.'):
+            group = 'head'
+        else:
+            group = 'base'
+        costs.append(ModuleCost(name, group, weight.numel() * positions, reads.get(name), writes.get(name)))
+
+    measured = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | GateHeads)]
+    hooks = [module.register_forward_hook(measure) for module in measured]
+    first = next(m for m in measured if isinstance(m, nn.Conv2d))
+    image = torch.empty(1, first.in_channels, *image_size, device='meta', dtype=first.weight.dtype)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    meta = {name: tensor.to('meta') for name, tensor in tensors.items()}
+    was_training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            torch.func.functional_call(model, meta, (image,))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in was_training.items():
+            module.training = training
+    return costs
+
+
+class MacsTable:
+    """MACs as a function of the fraction of experts that each gated layer keeps.
+
+    Args:
+        model: holds at most one DeepMoE network.
+        image_size: (H, W) in pixels.
+    """
+
+    def __init__(self, model: nn.Module, image_size: tuple[int, int]) -> None:
+        self.costs = module_costs(model, image_size)
+        network = next(deepmoe_networks(model), None)
+        self.widths = expert_widths(network, network.expert_layers) if network is not None else []
+
+    def dense(self, groups: Sequence[str] = GROUPS) -> int:
+        """MACs of one image with all experts kept, summed over `groups`."""
+        return sum(cost.macs for cost in self.costs if cost.group in groups)
+
+    def by_module(self, kept: Tensor) -> Tensor:
+        """MACs of each module for each image.
+
+        Args:
+            kept: which experts are kept, shape (B, N), boolean, all layers side by side.
+
+        Returns:
+            Shape (B, number of modules), float64: exact integers below 2**53.
+        """
+        fractions = [part.double().mean(1) for part in kept.split(self.widths, dim=1)] if self.widths else []
+        one = torch.ones(kept.shape[0], dtype=torch.float64, device=kept.device)
+        columns = []
+        for cost in self.costs:
+            reads = one if cost.reads is None else fractions[cost.reads]
+            writes = one if cost.writes is None else fractions[cost.writes]
+            columns.append(cost.macs * reads * writes)
+        return torch.stack(columns, dim=1)
+
+    def spent(self, kept: Tensor) -> Tensor:
+        """Fraction of the dense MACs that each image costs, shape (B,); the gating network is not included."""
+        chosen = [i for i, cost in enumerate(self.costs) if cost.group not in GATING_GROUPS]
+        return self.by_module(kept)[:, chosen].sum(1) / sum(self.costs[i].macs for i in chosen)
+
+    def expert_costs(self) -> Tensor:
+        """Share of each expert in the dense MACs of all expert layers, shape (N,), summing to one.
+
+        An expert costs its part of the convolution that computes it and of the one that reads it.
+        """
+        macs = [0.0] * len(self.widths)
+        for cost in self.costs:
+            for layer in (cost.reads, cost.writes):
+                if layer is not None:
+                    macs[layer] += cost.macs
+        shares = torch.cat([torch.full((w,), m / w) for w, m in zip(self.widths, macs, strict=True)])
+        return shares / shares.sum()
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, x: Tensor) -> MacsReport:
+    """Count the MACs of every image in a batch; runs the gating network only.
+
+    Args:
+        model: a classifier of this package, or a dense network (all its images cost the same).
+        x: images (B, in_chans, H, W).
+
+    Raises:
+        ValueError: the images do not fit the model, or it holds several DeepMoE networks.
+    """
+    networks = list(deepmoe_networks(model))
+    if len(networks) > 1:
+        raise ValueError(f'Expected at most one DeepMoE network in {type(model).__name__}, found {len(networks)}.')
+    kept = kept_experts(networks[0], x) if networks else torch.ones(len(x), 0, dtype=torch.bool)
+    table = MacsTable(model, (x.shape[2], x.shape[3]))
+    macs = table.by_module(kept).long()
+    by_group = {
+        group: macs[:, [i for i, cost in enumerate(table.costs) if cost.group == group]].sum(1) for group in GROUPS
+    }
+    by_module = {cost.name: macs[:, i] for i, cost in enumerate(table.costs)}
+    return MacsReport(by_module, by_group, {group: table.dense((group,)) for group in GROUPS})
+
+
+@torch.no_grad()
+def kept_experts(network: DeepMoE, x: Tensor) -> Tensor:
+    """Which experts each image keeps: boolean, shape (B, N), all gated layers side by side.
+
+    Uses running norm statistics, as inference does, whatever mode the network is in.
+    """
+    gating = network.gating
+    was_training = gating.training
+    gating.eval()
+    try:
+        return gating.packed_gates(x) > 0
+    finally:
+        gating.train(was_training)
