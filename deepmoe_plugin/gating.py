@@ -159,18 +159,28 @@ class GateBudget(nn.Module):
     """Steers lambda so that the average cost (kept experts or MACs) settles at a target.
 
     Gates move at a speed proportional to lambda, so a lambda proportional to the remaining error approaches the
-    target without overshooting; `strength`, the factor, grows slowly while the error is outside the tolerance.
-    Below the target lambda is negative and pulls closed gates back up. `strength` is saved with the model.
+    target; below the target it is negative and lifts the gates again, closed ones included. The factor, `strength`,
+    finds its own scale: it grows while the error is outside the tolerance, and halves each time the error changes
+    sign after having been outside. All of it is saved with the model.
+
+    Args:
+        target: fraction to settle at.
+        strength: the factor to start with.
     """
 
-    growth = 0.002
+    growth = 0.01
+    shrink = 0.5
     tolerance = 0.01
 
     def __init__(self, target: float, strength: float, device: Any = None) -> None:
         super().__init__()
         self.target = target
-        self.register_buffer('strength', torch.tensor(float(strength), device=device))
         self.strength: Tensor
+        self.error: Tensor
+        self.peak: Tensor
+        self.register_buffer('strength', torch.tensor(float(strength), device=device))
+        self.register_buffer('error', torch.tensor(0.0, device=device))
+        self.register_buffer('peak', torch.tensor(0.0, device=device))
 
     @torch.no_grad()
     def step(self, spent: Tensor) -> Tensor:
@@ -179,8 +189,13 @@ class GateBudget(nn.Module):
             spent = spent.clone()
             torch.distributed.all_reduce(spent)
             spent = spent / torch.distributed.get_world_size()
-        error = spent.float() - self.target
-        self.strength.mul_(1 + self.growth * (error.abs() > self.tolerance))
+        error = spent.to(self.strength.dtype) - self.target
+        crossed = error * self.error < 0
+        overshot = crossed & (self.peak > 2 * self.tolerance)
+        self.strength.mul_(torch.where(overshot, self.shrink, 1.0))
+        self.strength.mul_(torch.where(error.abs() > self.tolerance, 1 + self.growth, 1.0))
+        self.peak.copy_(torch.where(crossed, error.abs(), torch.maximum(self.peak, error.abs())))
+        self.error.copy_(error)
         return self.strength * error / (1 - self.target)
 
 

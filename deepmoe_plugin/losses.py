@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .gating import GatingNetwork, GatingRecord
+from .gating import GateBudget, GatingNetwork, GatingRecord
 from .macs import MacsTable
 from .network import DeepMoE, find_deepmoe
 
@@ -18,12 +17,18 @@ TERMS = ('loss_gate', 'loss_embed')
 
 
 class GatingLoss:
-    """The terms `lambda * L_g` and `mu * L_e` of one DeepMoE network, with its weights and its `gate_norm`."""
+    """The terms `lambda * L_g` and `mu * L_e` of one DeepMoE network, with its weights and its `gate_norm`.
+
+    Raises:
+        ValueError: `target_macs` is below what the layers without gates cost.
+    """
 
     def __init__(self, network: DeepMoE) -> None:
         self.network = network
         self._table: MacsTable | None = None
         self._costs: Tensor | None = None
+        if network.gating.budget is not None and network.gating.budget_on_macs:
+            self._check_reachable(network.gating.budget.target)
 
     def __call__(
         self, record: GatingRecord, target: Tensor | None = None, criterion: Criterion | None = None
@@ -45,7 +50,7 @@ class GatingLoss:
         terms: dict[str, Tensor] = {}
         if not gating.frozen:
             if gating.budget is not None:
-                terms['loss_gate'] = self._steered(gating, record.preact, kept)
+                terms['loss_gate'] = self._steered(gating, gating.budget, record.preact, kept)
             elif gating.gate_loss_weight > 0:
                 terms['loss_gate'] = gating.gate_loss_weight * self._norm(gating, record.preact.relu())
             if record.embed_logits is not None:
@@ -56,7 +61,7 @@ class GatingLoss:
         return terms
 
     def _norm(self, gating: GatingNetwork, gates: Tensor) -> Tensor:
-        """L_g of gates (B, N), Eq. 8; gates are not negative, so their sum is their L1 norm."""
+        """L_g of gates (B, N), Eq. 8: gates are not negative, so their sum is their L1 norm."""
         if gating.gate_norm == 'sum':
             return gates.sum(1).mean()
         if gating.gate_norm == 'mean':
@@ -65,13 +70,21 @@ class GatingLoss:
             self._costs = self._macs().expert_costs().to(gates.device)
         return (gates * self._costs).sum(1).mean()
 
-    def _steered(self, gating: GatingNetwork, preact: Tensor, kept: Tensor) -> Tensor:
-        """L_g with a lambda that leads to the target; a negative lambda lifts the closed gates instead."""
+    def _steered(self, gating: GatingNetwork, budget: GateBudget, preact: Tensor, kept: Tensor) -> Tensor:
+        """L_g with a lambda that leads to the target; a negative lambda lifts all gates, closed ones included."""
         spent = self._macs().spent(kept).mean() if gating.budget_on_macs else kept.float().mean()
-        weight = gating.budget.step(spent)
-        return weight.clamp(min=0) * self._norm(gating, F.relu(preact)) + (-weight).clamp(min=0) * self._norm(
-            gating, F.relu(-preact)
-        )
+        weight = budget.step(spent)
+        closing = weight.clamp(min=0) * self._norm(gating, preact.relu())
+        return closing + weight.clamp(max=0) * self._norm(gating, preact)
+
+    def _check_reachable(self, target: float) -> None:
+        table = self._macs()
+        floor = table.spent(torch.zeros(1, sum(table.widths), dtype=torch.bool)).item()
+        if target <= floor:
+            raise ValueError(
+                f'target_macs={target} cannot be reached: the layers without gates alone cost {floor:.3f} of the '
+                f'dense MACs. Choose a larger target.'
+            )
 
     def _macs(self) -> MacsTable:
         """MACs at the nominal image size: only ratios matter, and they hardly change with it."""
@@ -116,6 +129,10 @@ class DeepMoELoss(nn.Module):
         record = self._gating[0].take_record()
         if record is not None and isinstance(output, Tensor):
             self._records[output] = record
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (EMA and deepcopy of the model take this hook along) starts without the pending forward passes.
+        return {**self.__dict__, '_records': WeakTensorKeyDictionary()}
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """Return J (scalar) for the model's output and the criterion's target.
