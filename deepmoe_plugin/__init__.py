@@ -9,10 +9,12 @@ from .losses import DeepMoELoss
 from .macs import MacsReport, count_macs
 from .models import deepmoe_resnet, deepmoe_vgg
 from .network import DeepMoE, find_deepmoe, freeze_gating, unfreeze_gating
+from .stats import GateStatistics, gate_statistics
 
 __all__ = [
     'DeepMoE',
     'DeepMoELoss',
+    'GateStatistics',
     'GatingConfig',
     'MacsReport',
     'count_macs',
@@ -20,6 +22,7 @@ __all__ = [
     'deepmoe_vgg',
     'find_deepmoe',
     'freeze_gating',
+    'gate_statistics',
     'unfreeze_gating',
 ]
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .experts import expert_widths
 from .gating import GateHeads
-from .network import DeepMoE, deepmoe_networks
+from .network import deepmoe_networks
+from .stats import kept_experts
 
 GROUPS = ('base', 'shortcut', 'head', 'embedding', 'gate_heads')
 GATING_GROUPS = ('embedding', 'gate_heads')
@@ -193,18 +194,3 @@ def count_macs(model: nn.Module, x: Tensor) -> MacsReport:
     }
     by_module = {cost.name: macs[:, i] for i, cost in enumerate(table.costs)}
     return MacsReport(by_module, by_group, {group: table.dense((group,)) for group in GROUPS})
-
-
-@torch.no_grad()
-def kept_experts(network: DeepMoE, x: Tensor) -> Tensor:
-    """Which experts each image keeps: boolean, shape (B, N), all gated layers side by side.
-
-    Uses running norm statistics, as inference does, whatever mode the network is in.
-    """
-    gating = network.gating
-    was_training = gating.training
-    gating.eval()
-    try:
-        return gating.packed_gates(x) > 0
-    finally:
-        gating.train(was_training)

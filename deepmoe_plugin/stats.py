@@ -1,0 +1,88 @@
+"""Which experts which images keep."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .experts import expert_widths
+from .network import DeepMoE, find_deepmoe
+
+
+class GateStatistics(NamedTuple):
+    """Kept experts of a set of images.
+
+    Attributes:
+        kept: which experts each image keeps, boolean, shape (images, N), all gated layers side by side.
+        layers: module name of the gated convolution of each layer.
+        widths: number of experts of each layer; they sum to N.
+    """
+
+    kept: Tensor
+    layers: tuple[str, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def kept_experts(self) -> float:
+        """Fraction of experts kept, over all images and layers (0..1)."""
+        return self.kept.float().mean().item()
+
+    def by_image(self) -> Tensor:
+        """Fraction of experts that each image keeps, shape (images,)."""
+        return self.kept.float().mean(1)
+
+    def by_layer(self) -> dict[str, float]:
+        """Fraction of experts kept in each layer, averaged over the images."""
+        parts = self.kept.float().split(self.widths, dim=1)
+        return {layer: part.mean().item() for layer, part in zip(self.layers, parts, strict=True)}
+
+    def by_class(self, labels: Tensor) -> Tensor:
+        """How often the images of each class keep each expert, shape (classes, N); NaN for a class without images.
+
+        Args:
+            labels: class index of each image, shape (images,).
+        """
+        one_hot = nn.functional.one_hot(labels.long()).to(torch.float32)
+        return one_hot.T @ self.kept.float() / one_hot.sum(0)[:, None]
+
+    def dead(self) -> dict[str, int]:
+        """Number of experts in each layer that no image keeps."""
+        parts = (~self.kept.any(0)).split(self.widths)
+        return {layer: int(part.sum()) for layer, part in zip(self.layers, parts, strict=True)}
+
+
+def gate_statistics(model: nn.Module, images: Tensor | Iterable[Tensor | tuple[Tensor, ...]]) -> GateStatistics:
+    """Collect which experts images keep; runs the gating network only.
+
+    Args:
+        model: holds one DeepMoE network.
+        images: a batch (B, in_chans, H, W), or a loader of batches or of tuples that start with one.
+
+    Raises:
+        ValueError: the model holds no DeepMoE network, the images do not fit it, or there are none.
+    """
+    network = find_deepmoe(model)
+    device = network.gating.heads.weight.device
+    batches = [images] if isinstance(images, Tensor) else images
+    first_items = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
+    kept = [kept_experts(network, batch.to(device)).cpu() for batch in first_items]
+    if not kept:
+        raise ValueError('images is empty: there is nothing to take statistics of.')
+    layers = tuple(layer.conv for layer in network.expert_layers)
+    return GateStatistics(torch.cat(kept), layers, tuple(expert_widths(network, network.expert_layers)))
+
+
+@torch.no_grad()
+def kept_experts(network: DeepMoE, x: Tensor) -> Tensor:
+    """Which experts each image keeps: boolean, shape (B, N), all gated layers side by side.
+
+    Uses running norm statistics, as inference does, whatever mode the network is in.
+    """
+    gating = network.gating
+    was_training = gating.training
+    gating.eval()
+    try:
+        return gating.packed_gates(x) > 0
+    finally:
+        gating.train(was_training)
