@@ -8,7 +8,6 @@ task, and every other model, stays exactly as it was.
 import logging
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from timm.task import TrainingTask
@@ -17,8 +16,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from .losses import TERMS, GatingLoss
 from .network import deepmoe_networks, find_deepmoe
-
-_gating_losses: WeakKeyDictionary[TrainingTask, GatingLoss] = WeakKeyDictionary()
 
 
 class _TrainLog(logging.Filter):
@@ -51,26 +48,36 @@ def install() -> None:
     register_module_module_registration_hook(_on_registration)
 
 
+class _AddTerms:
+    """Forward hook of a task; as it holds no global state, a copied task gets a hook with the copied network."""
+
+    def __init__(self) -> None:
+        self.gating_loss: GatingLoss | None = None
+
+    def __call__(
+        self, task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any], result: dict[str, Any]
+    ) -> None:
+        record = None if self.gating_loss is None else self.gating_loss.network.gating.take_record()
+        if record is None:
+            return
+        target = kwargs['target'] if 'target' in kwargs else args[1]
+        terms = self.gating_loss(record, target, getattr(task, 'criterion', None))
+        result.update(terms)
+        result['loss'] = result['loss'] + sum(terms[name] for name in TERMS if name in terms)
+        _train_log.add(terms)
+
+
 def _on_registration(task: nn.Module, name: str, module: nn.Module | None) -> None:
-    if name != 'trainable_module' or not isinstance(task, TrainingTask) or module is None or task in _gating_losses:
+    if name != 'trainable_module' or not isinstance(task, TrainingTask) or module is None:
         return
-    if isinstance(module, torch.jit.ScriptModule) and str(module.original_name).startswith('DeepMoE'):
+    scripted = (m.original_name for m in module.modules() if isinstance(m, torch.jit.ScriptModule))
+    if any(str(original).startswith('DeepMoE') for original in scripted):
         raise ValueError('A scripted DeepMoE network cannot be trained with J: leave out --torchscript.')
-    if any(True for _ in deepmoe_networks(module)):
-        _gating_losses[task] = GatingLoss(find_deepmoe(module))
-        task.register_forward_hook(_add_terms, with_kwargs=True)
+    hook = next((hook for hook in task._forward_hooks.values() if isinstance(hook, _AddTerms)), None)
+    is_deepmoe = any(True for _ in deepmoe_networks(module))
+    if hook is None and is_deepmoe:
+        hook = _AddTerms()
+        task.register_forward_hook(hook, with_kwargs=True)
         logging.getLogger('train').addFilter(_train_log)
-
-
-def _add_terms(task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any], result: dict[str, Any]) -> None:
-    if task not in _gating_losses:  # a copy of a task
-        _gating_losses[task] = GatingLoss(find_deepmoe(task.get_trainable_module()))
-    gating_loss = _gating_losses[task]
-    record = gating_loss.network.gating.take_record()
-    if record is None:
-        return
-    target = kwargs['target'] if 'target' in kwargs else args[1]
-    terms = gating_loss(record, target, getattr(task, 'criterion', None))
-    result.update(terms)
-    result['loss'] = result['loss'] + sum(terms[name] for name in TERMS if name in terms)
-    _train_log.add(terms)
+    if hook is not None:
+        hook.gating_loss = GatingLoss(find_deepmoe(module)) if is_deepmoe else None
