@@ -1,6 +1,7 @@
 """Where gates sit (Fig. 2): the one definition that networks, losses, counters and sparse execution read."""
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -55,7 +56,7 @@ def resnet_experts(model: nn.Module, bottleneck: str) -> tuple[ExpertLayer, ...]
     for name, module in model.named_modules():
         if isinstance(module, BasicBlock | Bottleneck):
             for layer in block_experts(type(module), bottleneck):
-                found.append(ExpertLayer(*(f'{name}.{part}' for part in layer)))
+                found += [ExpertLayer(*(f'{name}.{part}' for part in layer))]
     return tuple(found)
 
 
@@ -66,12 +67,11 @@ def vgg_experts(model: nn.Module) -> tuple[ExpertLayer, ...]:
     has_head_conv = isinstance(getattr(getattr(model, 'pre_logits', None), 'fc1', None), nn.Conv2d)
     found = []
     for i, following in zip(starts, [*starts[1:], None], strict=True):
-        has_norm = isinstance(features[i + 2][1], nn.Module) and not isinstance(features[i + 1][1], nn.ReLU)
-        act = i + 2 if has_norm else i + 1
+        act = i + 2 if model.use_norm else i + 1
         consumer = 'pre_logits.fc1' if has_head_conv else ''
         if following is not None:
             consumer = f'features.{features[following][0]}'
-        norm = f'features.{features[i + 1][0]}' if has_norm else ''
+        norm = f'features.{features[i + 1][0]}' if model.use_norm else ''
         found.append(ExpertLayer(f'features.{features[i][0]}', norm, f'features.{features[act][0]}', consumer))
     return tuple(found)
 
@@ -85,14 +85,30 @@ def per_layer(widen: float | Sequence[float], num_layers: int) -> list[float]:
     """Expand `widen` to one factor for each gated layer.
 
     Raises:
-        ValueError: wrong number of factors, or a factor that is not positive.
+        ValueError: wrong number of factors, or a factor that is not a positive number.
     """
-    factors = [float(widen)] * num_layers if isinstance(widen, int | float) else [float(f) for f in widen]
+    factors = list(widen) if isinstance(widen, Sequence) and not isinstance(widen, str) else [widen] * num_layers
     if len(factors) != num_layers:
-        raise ValueError(f'widen needs one factor, or one for each of the {num_layers} gated layers; got {len(factors)}.')
-    if any(not 0 < factor < float('inf') for factor in factors):
-        raise ValueError(f'widen must be positive, got {widen}.')
+        raise ValueError(
+            f'widen needs one factor, or one for each of the {num_layers} gated layers; got {len(factors)}.'
+        )
+    for factor in factors:
+        check_number('widen', factor)
+        if not 0 < factor < float('inf'):
+            raise ValueError(f'widen must be positive, got {factor}.')
     return factors
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuse anything but a number as the value of the argument `name`.
+
+    Raises:
+        ValueError: names the argument, and the remedy for the text that YAML makes of `1e-3`.
+    """
+    if isinstance(value, str):
+        raise ValueError(f'{name} must be a number, got the text {value!r}: in YAML, write 1.0e-3 instead of 1e-3.')
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f'{name} must be a number, got {value!r}.')
 
 
 def widen_experts(

@@ -5,12 +5,15 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, List, Literal, NamedTuple, Optional  # noqa: UP035 (TorchScript reads these)
 
 import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+
+from .experts import check_number
 
 _logger = logging.getLogger(__name__)
 
@@ -44,24 +47,33 @@ class GatingConfig:
     """Widths of the stride-2 layers of the shallow embedding."""
 
     def __post_init__(self) -> None:
-        if self.num_latent_experts < 1:
-            raise ValueError(f'num_latent_experts must be at least 1, got {self.num_latent_experts}.')
+        if not _is_width(self.num_latent_experts):
+            raise ValueError(f'num_latent_experts must be a whole number >= 1, got {self.num_latent_experts!r}.')
+        if not isinstance(self.freeze_gating, bool):
+            raise ValueError(f'freeze_gating must be True or False, got {self.freeze_gating!r}.')
         if self.gate_norm not in GATE_NORMS:
             raise ValueError(f'gate_norm must be one of {", ".join(GATE_NORMS)}, got {self.gate_norm!r}.')
         for name in ('gate_loss_weight', 'embed_loss_weight'):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            if value is None:
+                continue
+            check_number(name, value)
+            if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f'{name} must be a finite number >= 0, got {value}.')
         for name in ('target_kept', 'target_macs'):
             value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
+            if value is None:
+                continue
+            check_number(name, value)
+            if not 0 < value < 1:
                 raise ValueError(f'{name} must lie between 0 and 1 (a fraction), got {value}.')
         if self.target_kept is not None and self.target_macs is not None:
             raise ValueError('target_kept and target_macs contradict each other: give one of them.')
         if self.has_target and self.gate_loss_weight == 0:
             raise ValueError('gate_loss_weight must be > 0 with target_kept or target_macs: it is where lambda starts.')
-        if not self.embedding_channels or min(self.embedding_channels) < 1:
-            raise ValueError(f'embedding_channels must be positive widths, got {self.embedding_channels}.')
+        channels = self.embedding_channels
+        if not isinstance(channels, Sequence) or not channels or not all(_is_width(width) for width in channels):
+            raise ValueError(f'embedding_channels must be a list of whole numbers >= 1, got {channels!r}.')
         if self.freeze_gating and (self.gate_loss_weight or self.embed_loss_weight or self.has_target):
             raise ValueError(
                 'freeze_gating=True leaves nothing for gate_loss_weight, embed_loss_weight, target_kept or '
@@ -79,11 +91,16 @@ class GatingConfig:
         return cls(**{name: kwargs.pop(name) for name in names if name in kwargs})
 
 
+def _is_width(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
 class GatingRecord(NamedTuple):
     """What one training forward pass leaves for its loss.
 
     Attributes:
-        preact: `W e` before the ReLU, shape (B, N), N the number of experts of all layers together.
+        preact: `W e` before the ReLU, shape (B, N), N the number of experts of all layers together; with a target,
+            without gradient to `e`.
         embed_logits: class logits of the embedding, shape (B, num_classes), or None without `L_e`.
     """
 
@@ -150,9 +167,14 @@ class GateHeads(nn.Module):
         return list(packed.split(self.widths, dim=1))
 
     def keep_first(self, num_layers: int) -> None:
-        """Drop the heads of all gated layers but the first `num_layers`."""
+        """Drop the heads of all gated layers but the first `num_layers`; without any, `weight` is no parameter."""
         self.widths = self.widths[:num_layers]
-        self.weight = nn.Parameter(self.weight.detach()[: sum(self.widths)].clone(), self.weight.requires_grad)
+        weight = self.weight.detach()[: sum(self.widths)].clone()
+        if self.widths:
+            self.weight = nn.Parameter(weight, self.weight.requires_grad)
+        else:
+            del self.weight
+            self.register_buffer('weight', weight)
 
 
 class GateBudget(nn.Module):
@@ -236,6 +258,11 @@ class GatingNetwork(nn.Module):
         )
         self.heads = GateHeads(widths, config.num_latent_experts, **dd)
         self.classifier: Optional[nn.Linear] = None  # noqa: UP045
+        if config.embed_loss_weight > 0 and num_classes < 1:
+            raise ValueError(
+                f'embed_loss_weight={config.embed_loss_weight} trains a classifier on the embedding, but '
+                f'num_classes={num_classes}: set num_classes, or embed_loss_weight=0.'
+            )
         self.reset_classifier(num_classes)
         target = config.target_macs if self.budget_on_macs else config.target_kept
         self.budget = None if target is None else GateBudget(target, self.gate_loss_weight, device)
@@ -246,9 +273,9 @@ class GatingNetwork(nn.Module):
     @torch.jit.unused
     def reset_classifier(self, num_classes: int) -> None:
         """Make the embedding classifier predict `num_classes` classes; none without `L_e` or classes."""
-        weight = self.embedding.fc.weight
         self.classifier = None
-        if self.embed_loss_weight > 0 and num_classes > 0:
+        if self.embed_loss_weight > 0 and num_classes > 0 and self.heads.widths:
+            weight = self.embedding.fc.weight
             self.classifier = nn.Linear(weight.shape[0], num_classes, device=weight.device, dtype=weight.dtype)
 
     def forward(self, x: Tensor) -> List[Tensor]:  # noqa: UP006
@@ -263,6 +290,8 @@ class GatingNetwork(nn.Module):
         """The gates of all layers side by side, shape (B, N)."""
         if not torch.jit.is_scripting():
             self._check_images(x)
+        if len(self.heads.widths) == 0:
+            return x.new_zeros((x.shape[0], 0))
         mixture = self.embedding(x)
         if not torch.jit.is_scripting():
             self._check_finite(mixture)
@@ -272,13 +301,26 @@ class GatingNetwork(nn.Module):
         return preact.relu()
 
     @torch.jit.unused
+    def keep_first(self, num_layers: int) -> None:
+        """Drop the gates of all layers but the first `num_layers`, and the embedding if none is left."""
+        self.heads.keep_first(num_layers)
+        if not self.heads.widths:
+            self.embedding = nn.Identity()
+            self.classifier = None
+
+    @torch.jit.unused
     def _leave_record(self, mixture: Tensor, preact: Tensor) -> None:
         if not (self.training or self.frozen) or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return
+        if self.budget is not None:
+            # A lambda as large as a target may ask for would drive the mixture to its cheapest latent expert, the
+            # same for every image: towards a target, L_g trains the gate heads and leaves the embedding alone.
+            preact = self.heads(mixture.detach())
         logits = None
         if self.classifier is not None:
-            # Mixture weights average 1/K; scaled to average 1 they train the classifier at ordinary learning rates.
-            logits = self.classifier((mixture * mixture.shape[1]).to(self.classifier.weight.dtype))
+            # The length of e lies between 1/sqrt(K) and 1; scaled by sqrt(K), ordinary learning rates suit both ends.
+            scaled = mixture * math.sqrt(mixture.shape[1])
+            logits = self.classifier(scaled.to(self.classifier.weight.dtype))
         self._record = GatingRecord(preact, logits)
 
     @torch.jit.unused

@@ -1,18 +1,14 @@
-"""What all DeepMoE networks share, whatever their base: gates, freezing, widths, checkpoints."""
+"""What all DeepMoE networks share, whatever their base: gates, freezing, widths."""
 
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .checkpoints import adapt_checkpoint
 from .experts import ExpertLayer, expert_widths
 from .gating import GatingConfig, GatingNetwork
-
-_logger = logging.getLogger(__name__)
-
-GATING_PREFIX = 'gating.'
 
 
 class DeepMoE(nn.Module):
@@ -37,51 +33,18 @@ class DeepMoE(nn.Module):
         widths = expert_widths(self, layers)
         self.expert_layers = layers
         self.gating = GatingNetwork(config, widths, in_chans=in_chans, num_classes=num_classes, **kwargs)
-        self.register_load_state_dict_pre_hook(_adapt_checkpoint)
+        self.register_load_state_dict_pre_hook(adapt_checkpoint)
 
     @torch.jit.ignore
     def keep_first_experts(self, num_layers: int) -> None:
         """Forget the gated layers after the first `num_layers`, whose blocks have been pruned away."""
         self.expert_layers = self.expert_layers[:num_layers]
-        self.gating.heads.keep_first(num_layers)
+        self.gating.keep_first(num_layers)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must leave alone: it would close gates that the loss wants open."""
         return {'gating.heads.weight'}
-
-
-def _adapt_checkpoint(model: DeepMoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let checkpoints of the dense twin, of stage 1 and of other class counts load; name what cannot."""
-    own = {prefix + key: value for key, value in model.state_dict().items()}
-    _check_widths(model, state_dict, prefix)
-    gating = prefix + GATING_PREFIX
-    if not any(key.startswith(gating) for key in state_dict):
-        _logger.info('Checkpoint of a dense network: its weights go to the base network, all gates start at 1.')
-        state_dict.update({key: value for key, value in own.items() if key.startswith(gating)})
-        return
-    optional = (gating + 'classifier.', gating + 'budget.')
-    for key in [key for key in state_dict if key.startswith(optional)]:
-        if key not in own or own[key].shape != state_dict[key].shape:
-            _logger.info('%s of the checkpoint is not used by this model.', key)
-            del state_dict[key]
-    for key, value in own.items():
-        if key.startswith(optional) and key not in state_dict:
-            _logger.info('%s is not in the checkpoint and keeps its initial value.', key)
-            state_dict[key] = value
-
-
-def _check_widths(model: DeepMoE, state_dict: dict[str, Any], prefix: str) -> None:
-    for layer in model.expert_layers:
-        key = f'{prefix}{layer.conv}.weight'
-        own = model.get_submodule(layer.conv).weight
-        loaded = state_dict.get(key)
-        if isinstance(loaded, Tensor) and loaded.ndim == 4 and loaded.shape[0] != own.shape[0]:
-            raise ValueError(
-                f'{key} has {loaded.shape[0]} experts in the checkpoint and {own.shape[0]} in this model: create the '
-                f'model with the `widen` of the checkpoint (widen=1, the narrow_ models, for an unwidened network; '
-                f'wide_resnet50_2 is the dense twin of wide_deepmoe_resnet50).'
-            )
 
 
 def deepmoe_networks(module: nn.Module) -> Iterator[DeepMoE]:

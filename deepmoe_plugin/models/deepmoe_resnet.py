@@ -6,9 +6,8 @@ from typing import Any, Final, List  # noqa: UP035 (TorchScript reads List)
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_norm_layer
+from timm.layers import BlurPool2d, get_norm_layer
 from timm.models import (
-    build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     register_model,
@@ -19,6 +18,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from ..activation import GatedActivation
+from ..checkpoints import build_with_checks
 from ..experts import block_experts, resnet_experts, widen_experts
 from ..gating import GatingConfig
 from ..network import DeepMoE
@@ -63,7 +63,7 @@ class GatedBottleneck(Bottleneck):
         """Run the block on `x` (B, C, H, W) with the gates of all layers of the network, each (B, C_l)."""
         shortcut = x
         x = self.bn1(self.conv1(x))
-        if self.gate_inner:
+        if self.gate_inner:  # noqa: SIM108 (TorchScript leaves out only a statement's other branch)
             x = self.act1(x, gates[self.first_gate])
         else:
             x = self.act1(x)
@@ -127,21 +127,30 @@ class WideResNet(ResNet):
         small_images: bool = False,
         **kwargs: Any,
     ) -> None:
-        for name in ('base_width', 'cardinality', 'block_reduce_first'):
+        for name in ('base_width', 'cardinality', 'block_reduce_first', 'channels'):
             if name in kwargs:
                 raise ValueError(f'{name} is not supported: use `widen` to set the width of the expert layers.')
+        for name in ('stem_type', 'stem_width', 'replace_stem_pool', 'avg_down', 'down_kernel_size'):
+            if small_images and name in kwargs:
+                raise ValueError(f'{name} has no effect with small_images=True: leave it out.')
         if kwargs.get('output_stride', 32) not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {kwargs["output_stride"]}.')
         if small_images and kwargs.get('output_stride', 32) != 32:
             raise ValueError('output_stride cannot be changed with small_images=True.')
         block_experts(block, bottleneck)
         channels = (16, 32, 64) if small_images else (64, 128, 256, 512)
+        if len(layers) != len(channels) or min(layers) < 1:
+            raise ValueError(f'layers must be {len(channels)} numbers of blocks, each at least 1, got {tuple(layers)}.')
         super().__init__(block, tuple(layers), channels=channels, **kwargs)
         if small_images:
             self._adapt_to_small_images(**kwargs)
         self.expert_layers = resnet_experts(self, bottleneck)
         norm_layer = get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d))
         widen_experts(self, self.expert_layers, widen, norm_layer)
+        for module in self.modules():
+            if isinstance(module, BlurPool2d) and module.channels is not None:
+                module.channels = None  # one filter for any width
+                module.filt = module.filt[:1].clone()
         self.init_weights(kwargs.get('zero_init_last', True))
 
     def _adapt_to_small_images(self, **kwargs: Any) -> None:
@@ -291,11 +300,13 @@ class DeepMoEResNet(DeepMoE, WideResNet):
 
 def _create_resnet(variant: str, pretrained: bool = False, gated: bool = True, **kwargs: Any) -> nn.Module:
     """Build a network of this family; `gated=False` gives its dense twin with the same widths."""
-    return build_model_with_cfg(
+    return build_with_checks(
         DeepMoEResNet if gated else WideResNet,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3) if kwargs.get('small_images') else (0, 1, 2, 3, 4), feature_cls='getter'),
+        feature_cfg=dict(
+            out_indices=(0, 1, 2, 3) if kwargs.get('small_images') else (0, 1, 2, 3, 4), feature_cls='getter'
+        ),
         **kwargs,
     )
 
@@ -367,14 +378,14 @@ def wide_deepmoe_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def wide_deepmoe_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-50: ResNet-50, twice the experts in every gated layer; both inner activations gated (bottleneck A)."""
+    """Wide-DeepMoE-50: ResNet-50, twice the experts in every gated layer (bottleneck A)."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=2)
     return _create_resnet('wide_deepmoe_resnet50', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def wide_deepmoe_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-101: ResNet-101, twice the experts in every gated layer; both inner activations gated (bottleneck A)."""
+    """Wide-DeepMoE-101: ResNet-101, twice the experts in every gated layer (bottleneck A)."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), widen=2)
     return _create_resnet('wide_deepmoe_resnet101', pretrained, **dict(model_args, **kwargs))
 
@@ -402,14 +413,14 @@ def narrow_deepmoe_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Modul
 
 @register_model
 def narrow_deepmoe_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE-50: ResNet-50, the experts of the original in every gated layer; both inner activations gated (bottleneck A)."""
+    """Narrow-DeepMoE-50: ResNet-50, the experts of the original in every gated layer (bottleneck A)."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=1)
     return _create_resnet('narrow_deepmoe_resnet50', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def narrow_deepmoe_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE-101: ResNet-101, the experts of the original in every gated layer; both inner activations gated (bottleneck A)."""
+    """Narrow-DeepMoE-101: ResNet-101, the experts of the original in every gated layer (bottleneck A)."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), widen=1)
     return _create_resnet('narrow_deepmoe_resnet101', pretrained, **dict(model_args, **kwargs))
 

@@ -7,12 +7,13 @@ from typing import Any, List  # noqa: UP035 (TorchScript reads List)
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
 from ..activation import GatedActivation
+from ..checkpoints import build_with_checks
 from ..experts import per_layer, vgg_experts
 from ..gating import GatingConfig
 from ..network import DeepMoE
@@ -44,6 +45,10 @@ class WideVGG(VGG):
     ) -> None:
         if kwargs.get('output_stride', 32) != 32:
             raise ValueError(f'output_stride must be 32 for a VGG, got {kwargs["output_stride"]}.')
+        if small_images and ('mlp_ratio' in kwargs or 'conv_layer' in kwargs):
+            raise ValueError('mlp_ratio and conv_layer have no effect with small_images=True: leave them out.')
+        if not layout or not all(step == 'M' or (isinstance(step, int) and step > 0) for step in layout):
+            raise ValueError(f"layout must be a list of widths and 'M' (max pooling), got {layout!r}.")
         widths = [step for step in layout if isinstance(step, int)]
         factors = iter(per_layer(widen, len(widths)))
         layout = [max(1, round(step * next(factors))) if isinstance(step, int) else step for step in layout]
@@ -137,6 +142,8 @@ class DeepMoEVGG(DeepMoE, WideVGG):
     ) -> list[int]:
         """Remove the layers (and their gates) that no feature in `indices` needs; see timm's VGG."""
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if self.num_classes == 0:
+            self.gating.reset_classifier(0)
         self.keep_first_experts(sum(isinstance(layer, GatedActivation) for layer in self.features))
         return take_indices
 
@@ -148,7 +155,7 @@ class DeepMoEVGG(DeepMoE, WideVGG):
 
 def _create_vgg(variant: str, pretrained: bool = False, gated: bool = True, **kwargs: Any) -> nn.Module:
     """Build a network of this family; `gated=False` gives its dense twin with the same widths."""
-    return build_model_with_cfg(
+    return build_with_checks(
         DeepMoEVGG if gated else WideVGG,
         variant,
         pretrained,

@@ -1,0 +1,175 @@
+"""Checkpoints: of the dense twin, of either training stage, of other class counts; and clear errors for the rest."""
+
+import argparse
+import logging
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .network import DeepMoE
+
+_logger = logging.getLogger(__name__)
+
+GATING_PREFIX = 'gating.'
+# Parts of the gating network that only training needs: a checkpoint may have them or not.
+_OPTIONAL = (GATING_PREFIX + 'classifier.', GATING_PREFIX + 'budget.')
+
+
+def build_with_checks(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """timm's `build_model_with_cfg`, with a clear error where the file of pretrained weights does not fit.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or is not a checkpoint of this network; the message names it.
+    """
+    if not pretrained:
+        return build_model_with_cfg(model_cls, variant, pretrained, **kwargs)
+    cfg = resolve_pretrained_cfg(
+        variant,
+        pretrained_cfg=kwargs.get('pretrained_cfg'),
+        pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'),
+    )
+    source = 'pretrained_cfg state_dict'
+    if cfg.file and not cfg.state_dict:
+        check_readable(cfg.file)
+        source = str(cfg.file)
+    keeps_classifier = not kwargs.get('features_only')
+
+    def check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        check_complete(state_dict, model, source)
+        if keeps_classifier:
+            _check_class_count(state_dict, model, source)
+        return state_dict
+
+    return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
+
+
+def check_readable(file: str | Path) -> None:
+    """Check that a checkpoint file can be read without running code from it; tensors are mapped, not loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is cut short, is no checkpoint, or needs unpickling; the message names it.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f'There is no checkpoint {file}: correct `file` in pretrained_cfg_overlay.')
+    if str(file).endswith('.safetensors'):
+        try:
+            with safe_open(str(file), 'pt'):
+                return
+        except SafetensorError as error:
+            raise ValueError(
+                f'{file} is not a complete safetensors file ({error}): copy, download or save it again.'
+            ) from error
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their arguments
+            checkpoint = torch.load(file, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f'{file} holds more than tensors, or is no checkpoint at all. Loading it could run code, so it is refused: '
+            f'save the state dict of its model alone, best as .safetensors.'
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f'{file} is damaged or cut short ({error}): copy, download or save it again.') from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f'{file} holds a {type(checkpoint).__name__}, not a state dict: save model.state_dict().')
+
+
+def check_complete(state_dict: Mapping[str, Any], model: nn.Module, source: str) -> None:
+    """Check that a checkpoint has the tensors of a network, apart from its classifier.
+
+    timm loads other class counts without looking at the keys, and a wrong checkpoint then is a random network.
+
+    Raises:
+        ValueError: tensors are missing or unknown; the message names `source` and the first of them.
+    """
+    classifier = f'{model.pretrained_cfg["classifier"]}.'
+    optional = (classifier, *_OPTIONAL)
+    own = {key for key in model.state_dict() if not key.startswith(optional)}
+    loaded = {key for key in state_dict if not key.startswith(optional)}
+    if not any(key.startswith(GATING_PREFIX) for key in loaded):
+        own = {key for key in own if not key.startswith(GATING_PREFIX)}
+    missing = sorted(key for key in own - loaded if not key.endswith('num_batches_tracked'))
+    unknown = sorted(loaded - own)
+    if missing or unknown:
+        parts = [
+            f'{len(keys)} {what}, as {keys[0]}' for what, keys in (('missing', missing), ('unknown', unknown)) if keys
+        ]
+        name = model.pretrained_cfg['architecture']
+        raise ValueError(
+            f'{source} is not a checkpoint of {name} (tensors: {"; ".join(parts)}): '
+            f'give the checkpoint of {name} or of its dense twin.'
+        )
+
+
+def _check_class_count(state_dict: Mapping[str, Any], model: nn.Module, source: str) -> None:
+    """timm drops the classifier if `num_classes` of the cfg is not the model's, whatever the checkpoint holds."""
+    weight = state_dict.get(f'{model.pretrained_cfg["classifier"]}.weight')
+    declared = model.pretrained_cfg['num_classes']
+    if weight is None or declared < 0 or len(weight) == declared:
+        return
+    if model.num_classes in (len(weight), declared):
+        raise ValueError(
+            f'{source} has a classifier of {len(weight)} classes, but the pretrained cfg says num_classes={declared}: '
+            f'add num_classes={len(weight)} to pretrained_cfg_overlay, or -1 to leave the classifier out.'
+        )
+
+
+def adapt_checkpoint(model: 'DeepMoE', state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let checkpoints of the dense twin, of stage 1 and of other class counts load; name what cannot.
+
+    A pre-hook of `load_state_dict`, so it works for every framework's way to load.
+
+    Raises:
+        ValueError: a tensor has the wrong shape; the message names it and the argument that decides about it.
+    """
+    own = {prefix + key: value for key, value in model.state_dict().items()}
+    optional = tuple(prefix + key for key in _OPTIONAL)
+    for key in [key for key in state_dict if key.startswith(optional)]:
+        if key not in own or own[key].shape != state_dict[key].shape:
+            _logger.info('%s of the checkpoint is not used by this model.', key)
+            del state_dict[key]
+    _check_shapes(model, own, state_dict, prefix)
+    gating = prefix + GATING_PREFIX
+    if not any(key.startswith(gating) for key in state_dict):
+        _logger.info('Checkpoint of a dense network: its weights go to the base network, the gates stay as they are.')
+        state_dict.update({key: value for key, value in own.items() if key.startswith(gating)})
+    for key, value in own.items():
+        if key.startswith(optional) and key not in state_dict:
+            _logger.info('%s is not in the checkpoint and keeps its value.', key)
+            state_dict[key] = value
+
+
+def _check_shapes(model: 'DeepMoE', own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str) -> None:
+    wrong = [
+        key
+        for key, value in own.items()
+        if isinstance(state_dict.get(key), Tensor) and state_dict[key].shape != value.shape
+    ]
+    if not wrong:
+        return
+    expert_weights = {f'{prefix}{layer.conv}.weight' for layer in model.expert_layers}
+    key = next((key for key in wrong if key in expert_weights), wrong[0])
+    if key in expert_weights:
+        remedy = (
+            'create the model with the `widen` and the `bottleneck` of the checkpoint (the narrow_ models are '
+            'unwidened; wide_resnet50_2 is the dense twin of wide_deepmoe_resnet50)'
+        )
+    elif key == f'{prefix}{GATING_PREFIX}heads.weight':
+        remedy = 'create the model with the `num_latent_experts`, `widen` and `bottleneck` of the checkpoint'
+    elif key.startswith(prefix + GATING_PREFIX):
+        remedy = 'create the model with the `num_latent_experts`, `embedding_channels` and `in_chans` of the checkpoint'
+    else:
+        remedy = 'create the model with the `num_classes`, `in_chans` and architecture of the checkpoint'
+    raise ValueError(
+        f'{key} has shape {tuple(state_dict[key].shape)} in the checkpoint and {tuple(own[key].shape)} in this model '
+        f'({len(wrong)} tensors differ): {remedy}.'
+    )
