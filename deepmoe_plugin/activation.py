@@ -30,15 +30,19 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grads
         y, gate = ctx.saved_tensors
-        grad_x = grad_gate = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad * gate.to(grad.dtype)[:, :, None, None]
-            if ctx.relu:
+        scale = gate.to(grad.dtype)[:, :, None, None]
+        product = grad * y
+        is_open = gate > 0
+        grad_gate = product.sum((2, 3), dtype=gate.dtype) / torch.where(is_open, gate, 1)
+        grad_gate = torch.where(is_open, grad_gate, 0)
+        # The product has served: without a graph to record, the gradient of x takes over its memory.
+        buffer = None if torch.is_grad_enabled() else product
+        grad_x = torch.mul(grad, scale, out=buffer)
+        if ctx.relu:
+            if buffer is None:
                 grad_x = torch.ops.aten.threshold_backward(grad_x, y, 0)
-        if ctx.needs_input_grad[1]:
-            total = (grad * y).sum((2, 3), dtype=gate.dtype)
-            is_open = gate > 0
-            grad_gate = torch.where(is_open, total / torch.where(is_open, gate, 1), 0)
+            else:
+                torch.ops.aten.threshold_backward.grad_input(grad_x, y, 0, grad_input=grad_x)
         return grad_x, grad_gate, None
 
 
