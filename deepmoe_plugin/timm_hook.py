@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .losses import TERMS, GatingLoss
-from .network import deepmoe_networks, find_deepmoe
+from .network import DeepMoE, deepmoe_networks, find_deepmoe
 
 
 class _TrainLog(logging.Filter):
@@ -49,19 +49,28 @@ def install() -> None:
 
 
 class _AddTerms:
-    """Forward hook of a task; as it holds no global state, a copied task gets a hook with the copied network."""
+    """Forward hook of a task; it holds all of its state, so that a copied task gets one with the copied network."""
 
     def __init__(self) -> None:
-        self.gating_loss: GatingLoss | None = None
+        self._gating_loss: GatingLoss | None = None
+
+    def watch(self, network: DeepMoE | None) -> None:
+        """Add the terms of this network from now on, or none."""
+        if network is None:
+            self._gating_loss = None
+        elif self._gating_loss is None or self._gating_loss.network is not network:
+            self._gating_loss = GatingLoss(network)
 
     def __call__(
         self, task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any], result: dict[str, Any]
     ) -> None:
-        record = None if self.gating_loss is None else self.gating_loss.network.gating.take_record()
+        if self._gating_loss is None:
+            return
+        record = self._gating_loss.network.gating.take_record()
         if record is None:
             return
         target = kwargs['target'] if 'target' in kwargs else args[1]
-        terms = self.gating_loss(record, target, getattr(task, 'criterion', None))
+        terms = self._gating_loss(record, target, getattr(task, 'criterion', None))
         result.update(terms)
         result['loss'] = result['loss'] + sum(terms[name] for name in TERMS if name in terms)
         _train_log.add(terms)
@@ -70,14 +79,14 @@ class _AddTerms:
 def _on_registration(task: nn.Module, name: str, module: nn.Module | None) -> None:
     if name != 'trainable_module' or not isinstance(task, TrainingTask) or module is None:
         return
-    scripted = (m.original_name for m in module.modules() if isinstance(m, torch.jit.ScriptModule))
-    if any(str(original).startswith('DeepMoE') for original in scripted):
+    scripted = (str(m.original_name) for m in module.modules() if isinstance(m, torch.jit.ScriptModule))
+    if any(name.startswith('DeepMoE') for name in scripted):
         raise ValueError('A scripted DeepMoE network cannot be trained with J: leave out --torchscript.')
+    network = find_deepmoe(module) if any(True for _ in deepmoe_networks(module)) else None
     hook = next((hook for hook in task._forward_hooks.values() if isinstance(hook, _AddTerms)), None)
-    is_deepmoe = any(True for _ in deepmoe_networks(module))
-    if hook is None and is_deepmoe:
+    if hook is None and network is not None:
         hook = _AddTerms()
         task.register_forward_hook(hook, with_kwargs=True)
         logging.getLogger('train').addFilter(_train_log)
     if hook is not None:
-        hook.gating_loss = GatingLoss(find_deepmoe(module)) if is_deepmoe else None
+        hook.watch(network)

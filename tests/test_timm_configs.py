@@ -30,11 +30,15 @@ IMAGENET = [path for path in CONFIGS if path.stem.endswith('_imagenet')]
 BASE_GROUPS = [group for group in GROUPS if group not in GATING_GROUPS]
 
 # Options that train.py has defaults for and create_scheduler_v2 needs.
-SCHEDULE_DEFAULTS = dict(
-    min_lr=0, warmup_lr=1e-5, warmup_prefix=False, cooldown_epochs=0, patience_epochs=10, decay_rate=0.1,
-    decay_epochs=90, decay_milestones=[90], sched_on_updates=False, lr_noise=None, lr_cycle_mul=1.0,
-    lr_cycle_decay=0.1, lr_cycle_limit=1, lr_k_decay=1.0,
-)  # fmt: skip
+SCHEDULE_DEFAULTS = {
+    **dict.fromkeys(
+        ('min_lr', 'cooldown_epochs', 'patience_epochs', 'lr_noise', 'warmup_prefix', 'sched_on_updates'), 0
+    ),
+    **dict.fromkeys(('warmup_lr', 'lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit', 'lr_k_decay'), 1),
+    'decay_rate': 0.1,
+    'decay_epochs': 90,
+    'decay_milestones': [90],
+}
 
 
 def ids(path: Path) -> str:

@@ -28,6 +28,7 @@ Grads = dict[str, Tensor]
 
 
 def network(structure: str = 'cifar', **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
     weights = {'gate_loss_weight': LAMBDA, 'embed_loss_weight': MU}
     return randomise(small(structure, **{**weights, **kwargs})).train()
 
