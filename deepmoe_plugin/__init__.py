@@ -3,6 +3,8 @@
 Importing this package registers its models with timm and lets timm's training tasks optimise the DeepMoE objective.
 """
 
+from typing import Any
+
 from . import timm_hook
 from .gating import GatingConfig
 from .losses import DeepMoELoss
@@ -23,7 +25,16 @@ __all__ = [
     'find_deepmoe',
     'freeze_gating',
     'gate_statistics',
+    'sparsify',
     'unfreeze_gating',
 ]
 
 timm_hook.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name == 'sparsify':  # its module is needed for inference only
+        from .sparse import sparsify
+
+        return sparsify
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

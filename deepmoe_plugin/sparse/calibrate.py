@@ -1,0 +1,91 @@
+"""Timing of every segment on this machine: which layers run on compact weights, up to which kept fraction."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .engine import SparseFeatures, SparseNetwork
+from .plan import Plan, Segment
+
+FRACTIONS = (0.25, 0.5, 0.625, 0.75, 0.875)
+REPEATS = 5
+NEVER = 0.0
+
+
+@torch.no_grad()
+def calibrate(sparse: SparseNetwork, x: Tensor) -> None:
+    """Set the largest kept fraction up to which each gated layer runs on compact weights.
+
+    Every segment runs on the input that it gets in the network, with random experts at several fractions, in turns
+    dense and compact. Segments of equal shape are timed once.
+
+    Args:
+        sparse: its `limits` are set.
+        x: images (B, in_chans, H, W).
+    """
+    inputs: list[tuple[nn.Module, Tensor]] = []
+
+    def remember(module: nn.Module, args: tuple[Tensor, Plan]) -> None:
+        inputs.append((module, args[0].clone()))
+
+    view = sparse.view()
+    found = [m for m in view.modules() if hasattr(m, 'segment')]
+    hooks = [module.register_forward_pre_hook(remember) for module in found]
+    try:
+        view.forward_features(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    num_layers = len(sparse.network.expert_layers)
+    timed: dict[tuple[object, ...], list[float]] = {}
+    for module, entry in inputs:
+        segment: Segment = module.segment
+        key = (type(module), tuple(segment.widths), tuple(segment.readers), entry.shape)
+        if key not in timed:
+            timed[key] = _limits(module, segment, entry, num_layers)
+        segment.limits = timed[key]
+        for offset, limit in enumerate(timed[key]):
+            sparse.limits[segment.first + offset] = limit
+
+
+def _limits(module: nn.Module, segment: Segment, entry: Tensor, num_layers: int) -> list[float]:
+    """One limit for all layers of a block; the layers of a VGG, too many to be alike, are tried one by one."""
+    count = len(segment.widths)
+    groups = [[layer] for layer in range(count)] if isinstance(module, SparseFeatures) else [list(range(count))]
+    limits = [NEVER] * count
+    for layers in groups:
+        for fraction in FRACTIONS:
+            plan = _random_plan(segment, entry, fraction, num_layers)
+            trial = [fraction + 1e-6 if layer in layers else limit for layer, limit in enumerate(limits)]
+            if not _is_faster(lambda: module(entry.clone(), plan), segment, trial, limits):  # noqa: B023
+                break
+            limits = trial
+    return limits
+
+
+def _random_plan(segment: Segment, entry: Tensor, fraction: float, num_layers: int) -> Plan:
+    gates = [torch.zeros(len(entry), 0, device=entry.device)] * num_layers
+    for layer, width in enumerate(segment.widths):
+        count = max(1, int(width * fraction))
+        order = torch.rand(len(entry), width).argsort(1).argsort(1)
+        gates[segment.first + layer] = (order < count).float().to(entry.device)
+    return Plan(gates)
+
+
+def _is_faster(run: Callable[[], object], segment: Segment, trial: list[float], limits: list[float]) -> bool:
+    ratios = []
+    for repetition in range(REPEATS + 1):
+        seconds = []
+        for choice in (limits, trial):
+            segment.limits = choice
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        if repetition:
+            ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios) < 1

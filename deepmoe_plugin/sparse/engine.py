@@ -1,0 +1,376 @@
+"""The sparse network: a view of the original whose expert layers run on compact weights."""
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+from ..experts import expert_widths
+from ..gating import GatingNetwork
+from ..network import DeepMoE
+from .conv import FoldedSequence, GatherConv, WeightCache
+from .fold import eval_view, fingerprint, flatten
+from .plan import Group, Kept, Plan, Reader, Segment
+
+
+class PlannedGating(nn.Module):
+    """Takes the place of the gating network: maps images to the plan for them.
+
+    The gates are computed as the network computes them, to the last bit, so that both keep the same experts.
+    """
+
+    def __init__(self, gating: nn.Module) -> None:
+        super().__init__()
+        self.gating = eval_view(gating) if isinstance(gating, GatingNetwork) else gating
+
+    def forward(self, x: Tensor) -> Plan:
+        return Plan(self.gating(x))
+
+
+class SparseBlock(nn.Module):
+    """A residual block of timm on kept experts: residual stream and shortcut dense, the rest compact.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`, its activations gated where `gated` says so.
+        first: index of the block's first gated layer.
+        gated: for each convolution but the last, whether its output is gated.
+        keeps_input: the block's input is also read by others, so that it must not be overwritten.
+        cache: holds gathered weights.
+    """
+
+    def __init__(
+        self, block: nn.Module, first: int, gated: Sequence[bool], keeps_input: bool, cache: WeightCache
+    ) -> None:
+        super().__init__()
+        count = len(gated) + 1
+        convs = [getattr(block, f'conv{i}') for i in range(1, count + 1)]
+        self.convs = [GatherConv(conv, getattr(block, f'bn{i}'), cache) for i, conv in enumerate(convs, 1)]
+        self.acts = [_activation(getattr(block, f'act{i}')) for i in range(1, count + 1)]
+        self.blur = None if isinstance(block.aa, nn.Identity) else block.aa
+        self.attention = block.se
+        self.shortcut = None
+        if block.downsample is not None:
+            self.shortcut = FoldedSequence(list(flatten([block.downsample])), cache)
+        self.keeps_input = keeps_input
+        self.reads: list[int | None] = [None]
+        self.writes: list[int | None] = []
+        for is_gated in gated:
+            self.writes.append(sum(gated[: len(self.writes)]) if is_gated else None)
+            self.reads.append(self.writes[-1])
+        self.writes.append(None)
+        if getattr(self.blur, 'channels', None) is not None:
+            raise ValueError(f'Sparse execution needs an aa_layer for any number of channels, got {self.blur}.')
+        self.segment = Segment(first, [conv.out_channels for conv, g in zip(convs, gated, strict=False) if g], [])
+        scale = 1.0
+        for conv, reads, writes in zip(convs, self.reads, self.writes, strict=True):
+            scale /= conv.stride[0] * conv.stride[1]
+            self.segment.readers.append(Reader(conv.weight.numel(), scale, reads, writes))
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """Map the residual stream (B, C, H, W) to the next; may overwrite its input."""
+        if self.shortcut is not None:
+            stream = self.shortcut(x)
+        else:
+            stream = x.clone() if self.keeps_input else x
+        groups = plan.groups(self.segment, x.shape[2] * x.shape[3])
+        if len(groups) == 1:
+            return self._run(x, groups[0], stream)
+        results: list[tuple[Any, Tensor]] = []
+        for group in groups:
+            chosen = slice(group.images[0], group.images[0] + 1) if len(group.images) == 1 else group.images
+            results.append((chosen, self._run(x[chosen], group, stream[chosen])))
+        for chosen, result in results:
+            if result.data_ptr() != stream[chosen].data_ptr():
+                stream[chosen] = result
+        return stream
+
+    def _run(self, x: Tensor, group: Group, stream: Tensor) -> Tensor:
+        for i, (conv, act) in enumerate(zip(self.convs[:-1], self.acts, strict=False)):
+            reads, writes = self.reads[i], self.writes[i]
+            x = _layer(conv, act, x, group, reads, writes)
+            if self.blur is not None and i == len(self.convs) - 2:
+                x = self.blur(x)
+        last = self.reads[-1]
+        kept = None if last is None else group.kept[last]
+        if self.attention is None and self.acts[-1] is None:
+            return self.convs[-1](x, kept, add_to=stream, relu=True)
+        x = self.convs[-1](x, kept)
+        if self.attention is not None:
+            x = self.attention(x)
+        x = stream.add_(x)
+        return x.relu_() if self.acts[-1] is None else self.acts[-1](x)
+
+
+def _activation(act: nn.Module) -> nn.Module | None:
+    """The activation under a gate; None for ReLU, which is fused."""
+    act = getattr(act, 'act', act)
+    return None if isinstance(act, nn.ReLU) else act
+
+
+def _layer(
+    conv: GatherConv, act: nn.Module | None, x: Tensor, group: Group, reads: int | None, writes: int | None
+) -> Tensor:
+    """Convolution, norm, activation and gate of one layer."""
+    kept_in = None if reads is None else group.kept[reads]
+    kept_out = None if writes is None else group.kept[writes]
+    gate = None if writes is None else group.gates[writes]
+    if act is None:
+        return conv(x, kept_in, kept_out, gate, relu=True)
+    x = act(conv(x, kept_in, kept_out))
+    return x if gate is None else x * gate.to(x.dtype)[:, :, None, None]
+
+
+def sparse_resnet(network: Any, cache: WeightCache) -> Any:
+    """A view of a gated ResNet that runs on kept experts; its methods are the network's own.
+
+    Raises:
+        ValueError: the network has parts that cannot run so.
+    """
+    view = eval_view(network)
+    view.gating = PlannedGating(network.gating)
+    view.conv1 = FoldedSequence(list(flatten([network.conv1, network.bn1, network.act1])), cache)
+    view.bn1 = view.act1 = nn.Identity()
+    view.maxpool = FoldedSequence(list(flatten([network.maxpool])), cache)
+    gated_convs = [layer.conv for layer in network.expert_layers]
+    first = 0
+    for stage_name, stage in network.named_children():
+        for i, (block_name, block) in enumerate(stage.named_children() if stage_name.startswith('layer') else ()):
+            if not isinstance(block, BasicBlock | Bottleneck):
+                raise ValueError(f'Sparse execution does not know blocks of type {type(block).__name__}.')
+            path = f'{stage_name}.{block_name}'
+            inner = ('conv1',) if isinstance(block, BasicBlock) else ('conv1', 'conv2')
+            gated = [f'{path}.{name}' in gated_convs for name in inner]
+            sparse = SparseBlock(view.get_submodule(path), first, gated, keeps_input=i == 0, cache=cache)
+            view.set_submodule(path, sparse)
+            first += sum(gated)
+    return view
+
+
+class SparseFeatures(nn.Module):
+    """The convolution stack of a gated VGG on kept experts.
+
+    Args:
+        network: gated VGG.
+        cache: holds gathered weights.
+    """
+
+    def __init__(self, network: Any, cache: WeightCache) -> None:
+        super().__init__()
+        convs = {layer.conv: i for i, layer in enumerate(network.expert_layers)}
+        gated = {layer.act for layer in network.expert_layers}
+        norms = {layer.norm for layer in network.expert_layers}
+        widths = expert_widths(network, network.expert_layers)
+        self.segment = Segment(0, widths, [])
+        self.steps: list[tuple[int, Any, Any]] = []
+        scale = 1.0
+        for index, (name, module) in enumerate(network.features.named_children()):
+            path = f'features.{name}'
+            if path in convs:
+                layer = network.expert_layers[convs[path]]
+                norm = network.get_submodule(layer.norm) if layer.norm else None
+                act = _activation(network.get_submodule(layer.act))
+                self.steps.append((index, GatherConv(module, norm, cache), act))
+                reads = convs[path] - 1 if convs[path] else None
+                self.segment.readers.append(Reader(module.weight.numel(), scale, reads, convs[path]))
+            elif path in gated:
+                self.steps[-1] = (index, *self.steps[-1][1:])
+            elif path not in norms:
+                self.steps.append((index, module, None))
+                scale /= 4
+        self.widths = widths
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """Map images (B, C, H, W) to features, all channels."""
+        return self.run(x, plan, ())[0]
+
+    def run(self, x: Tensor, plan: Plan, taps: Sequence[int], stop: int | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Features after the last module (or module `stop`) and after each module in `taps`, all channels."""
+        groups = plan.groups(self.segment, x.shape[2] * x.shape[3])
+        if len(groups) == 1:
+            return self._run(x, groups[0], taps, stop)
+        results = [self._run(x[group.images], group, taps, stop) for group in groups]
+        order = torch.tensor([image for group in groups for image in group.images], device=x.device).argsort()
+        merge: Callable[..., Tensor] = lambda *parts: torch.cat(parts).index_select(0, order)  # noqa: E731
+        outputs, tapped = zip(*results, strict=True)
+        return merge(*outputs), [merge(*parts) for parts in zip(*tapped, strict=True)]
+
+    def _run(self, x: Tensor, group: Group, taps: Sequence[int], stop: int | None) -> tuple[Tensor, list[Tensor]]:
+        layer = -1
+        tapped = []
+        for index, step, act in self.steps:
+            if stop is not None and index > stop:
+                break
+            if isinstance(step, GatherConv):
+                x = _layer(step, act, x, group, layer if layer >= 0 else None, layer + 1)
+                layer += 1
+            else:
+                x = step(x)
+            if index in taps:
+                tapped.append(_widened(x, group.kept[layer], self.widths[layer]))
+        return _widened(x, group.kept[layer], self.widths[layer]), tapped
+
+
+def _widened(x: Tensor, kept: Kept | None, width: int) -> Tensor:
+    """All channels of compact features: those not computed are zero."""
+    if kept is None:
+        return x
+    out = x.new_zeros(x.shape[0], width, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
+    return out.index_copy_(1, kept.index, x)
+
+
+class InputSparseConv(nn.Module):
+    """A convolution that covers its whole input, skipping the inputs that are zero: those of closed experts are."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.rows = conv.weight.detach().flatten(1).t().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C', H', W')."""
+        if x.shape[2:] != self.conv.weight.shape[2:]:
+            return self.conv(x)
+        outputs = [self._row_sum(image) for image in x.flatten(1)]
+        y = torch.stack(outputs)
+        if self.conv.bias is not None:
+            y = y + self.conv.bias.detach()
+        return y[:, :, None, None]
+
+    def _row_sum(self, values: Tensor) -> Tensor:
+        rows = values.nonzero()[:, 0]
+        if not len(rows):
+            return self.rows.new_zeros(self.rows.shape[1])
+        parts = torch.get_num_threads() if values.device.type == 'cpu' else 1
+        starts = torch.arange(parts, device=rows.device) * len(rows) // parts
+        sums = F.embedding_bag(rows, self.rows, starts, mode='sum', per_sample_weights=values[rows])
+        return sums.sum(0)
+
+
+def sparse_vgg(network: Any, cache: WeightCache) -> Any:
+    """A view of a gated VGG that runs on kept experts; its methods are the network's own but for the features.
+
+    Raises:
+        ValueError: the network has parts that cannot run so.
+    """
+    view = eval_view(network)
+    view.gating = PlannedGating(network.gating)
+    features = view.features = SparseFeatures(network, cache)
+    if any(layer.consumer == 'pre_logits.fc1' for layer in network.expert_layers):
+        conv = network.pre_logits.fc1
+        if conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
+            view.pre_logits.fc1 = InputSparseConv(conv)
+
+    def forward_intermediates(
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        take_indices, last = feature_take_indices(len(network.feature_ends), indices)
+        taps = [network.feature_ends[i] for i in take_indices]
+        x, tapped = features.run(x, view.gating(x), taps, network.feature_ends[last] if stop_early else None)
+        return tapped if intermediates_only else (x, tapped)
+
+    view.forward_intermediates = forward_intermediates
+    return view
+
+
+class SparseNetwork(nn.Module):
+    """A DeepMoE network for inference that computes, for each image, only the experts that its gates keep.
+
+    Calls, `forward_features`, `forward_intermediates`, `forward_head` and every attribute are those of the network.
+    Always in evaluation mode, whatever mode the network is in; no gradients. Any number of threads may use it.
+    Changes of the network (a training step, `load_state_dict`, `.to`, another classifier) are noticed at the next
+    call, which then folds anew. Only changes through `.data` go unnoticed: call `refresh` after them.
+
+    Args:
+        network: stays as it is and shares its weights with this module.
+        cache_mb: MiB of gathered weights kept for gates that come again.
+    """
+
+    def __init__(self, network: DeepMoE, cache_mb: float = 128) -> None:
+        super().__init__()
+        self.network = network
+        self.cache_mb = cache_mb
+        self.limits: dict[int, float] = {}
+        self._lock = threading.Lock()
+        self._current: tuple[Any, Callable[[], bool]] | None = None
+        self.training = False
+        self.view()
+
+    def view(self) -> Any:
+        """The network's view that runs sparsely, folded anew if the network has changed."""
+        current = self._current
+        if current is not None and current[1]():
+            return current[0]
+        with self._lock:
+            current = self._current
+            if current is None or not current[1]():
+                self.refresh()
+            assert self._current is not None
+            return self._current[0]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Read the network's weights anew."""
+        unchanged = fingerprint(self.network)
+        cache = WeightCache(int(self.cache_mb * 2**20))
+        build = sparse_vgg if hasattr(self.network, 'features') else sparse_resnet
+        view = build(self.network, cache)
+        for segment in segments(view):
+            for layer in range(len(segment.widths)):
+                segment.limits[layer] = self.limits.get(segment.first + layer, segment.limits[layer])
+        self._current = (view, unchanged)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the network returns in evaluation mode, to float rounding."""
+        return self.view().forward(x, *args, **kwargs)
+
+    @torch.no_grad()
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Unpooled features, all channels."""
+        return self.view().forward_features(x)
+
+    @torch.no_grad()
+    def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits (or pooled features with `pre_logits=True`) of the unpooled features."""
+        return self.view().forward_head(x, *args, **kwargs)
+
+    @torch.no_grad()
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Features at several depths; see the network for the arguments."""
+        return self.view().forward_intermediates(x, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> 'SparseNetwork':
+        """Do nothing: this module is for inference, and the network's own mode is not its business."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith('_') or name == 'network':
+                raise
+            return getattr(self.network, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> 'SparseNetwork':
+        twin = SparseNetwork(copy.deepcopy(self.network, memo), self.cache_mb)
+        twin.limits = dict(self.limits)
+        twin.refresh()
+        return twin
+
+
+def segments(view: nn.Module) -> list[Segment]:
+    """The segments of a view, in the order in which they run."""
+    return [m.segment for m in view.modules() if isinstance(m, SparseBlock | SparseFeatures)]

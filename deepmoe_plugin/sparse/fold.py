@@ -1,0 +1,84 @@
+"""Reading a network for inference: norms folded into convolutions, evaluation mode without touching the original."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar('Module', bound=nn.Module)
+
+
+def fold_norm(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """Weight (O, I, kh, kw) and bias (O,) of the convolution that computes `norm(conv(x))` with running statistics.
+
+    The arithmetic is done in float64, so that folding adds no error of its own.
+
+    Raises:
+        ValueError: the norm depends on the image, so that it cannot be folded.
+    """
+    weight = conv.weight.detach().double()
+    bias = torch.zeros_like(weight[:, 0, 0, 0]) if conv.bias is None else conv.bias.detach().double()
+    if norm is not None and not isinstance(norm, nn.Identity):
+        if getattr(norm, 'running_mean', None) is None or hasattr(norm, 'act'):
+            raise ValueError(
+                f'Sparse execution folds norms into convolutions, which {type(norm).__name__} does not allow: '
+                'create the model with a batch norm that keeps running statistics.'
+            )
+        factor = (norm.running_var.double() + norm.eps).rsqrt()
+        shift = -norm.running_mean.double() * factor
+        if norm.weight is not None:
+            factor, shift = factor * norm.weight.detach().double(), shift * norm.weight.detach().double()
+        if norm.bias is not None:
+            shift = shift + norm.bias.detach().double()
+        weight, bias = weight * factor[:, None, None, None], bias * factor + shift
+    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+def flatten(modules: list[nn.Module]) -> Iterator[nn.Module]:
+    """The modules in the order in which they run, containers opened."""
+    for module in modules:
+        if isinstance(module, nn.Sequential):
+            yield from flatten(list(module))
+        elif not isinstance(module, nn.Identity):
+            yield module
+
+
+def eval_view(module: Module) -> Module:
+    """A copy of the module tree in evaluation mode that shares every parameter and buffer with the original."""
+    view = module.__class__.__new__(module.__class__)
+    view.__dict__.update(module.__dict__)
+    for name in ('_parameters', '_buffers'):
+        view.__dict__[name] = dict(module.__dict__[name])
+    view.__dict__['_modules'] = {
+        name: None if child is None else eval_view(child) for name, child in module._modules.items()
+    }
+    view.__dict__['training'] = False
+    return view
+
+
+def fingerprint(module: nn.Module) -> Callable[[], bool]:
+    """Remember the module tree and its tensors; the function returned tells whether all are as they were.
+
+    Seen are assignments of modules and tensors, moves, and in-place changes of tensors, except those made through
+    `.data`, which torch does not count.
+    """
+    entries: list[tuple[dict[str, Any], str, Any]] = []
+    tensors: list[tuple[Tensor, int, int]] = []
+    for part in module.modules():
+        for name in ('_modules', '_parameters', '_buffers'):
+            held = part.__dict__[name]
+            entries += [(held, key, value) for key, value in held.items()]
+            if name != '_modules':
+                tensors += [(t, t.data_ptr(), _version(t)) for t in held.values() if t is not None]
+
+    def unchanged() -> bool:
+        return all(held.get(key) is value for held, key, value in entries) and all(
+            tensor.data_ptr() == pointer and _version(tensor) == version for tensor, pointer, version in tensors
+        )
+
+    return unchanged
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,41 @@
+"""`deepmoe_plugin.sparsify`: from a trained model to fast inference."""
+
+from torch import Tensor, nn
+
+from ..network import find_deepmoe
+from .engine import SparseNetwork
+from .fold import eval_view
+
+
+def sparsify(model: nn.Module, calibrate: Tensor | None = None, cache_mb: float = 128) -> nn.Module:
+    """Make a model that computes, for each image, only the experts that its gates keep.
+
+    The result equals `model.eval()(x)` to float rounding and follows later changes of the model's weights; see
+    `SparseNetwork`.
+
+    Args:
+        model: a DeepMoE network, or any module that holds one (`features_only` models, segmentors).
+        calibrate: images (B, in_chans, H, W) of the size to come. Each layer then is timed on this machine, and runs
+            on compact weights only where that is faster.
+        cache_mb: MiB of gathered weights kept for gates that come again (video, similar images); 0 keeps none.
+
+    Returns:
+        A `SparseNetwork`, or a copy of `model` in evaluation mode that shares its weights and holds one.
+
+    Raises:
+        ValueError: `model` holds no DeepMoE network or several, or has parts that cannot run so.
+    """
+    if cache_mb < 0:
+        raise ValueError(f'cache_mb must be at least 0, got {cache_mb}.')
+    network = find_deepmoe(model)
+    sparse = SparseNetwork(network, cache_mb)
+    if calibrate is not None:
+        from .calibrate import calibrate as measure
+
+        measure(sparse, calibrate)
+    if network is model:
+        return sparse
+    view = eval_view(model)
+    path = next(name for name, module in model.named_modules() if module is network)
+    view.set_submodule(path, sparse)
+    return view

@@ -1,0 +1,329 @@
+"""What surrounds sparse execution: stale weights, modes, the cache, grouping, the gather kernel."""
+
+import gc
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from small_networks import images
+from test_sparse import STRUCTURES, assert_exact, network, random_gates, relative_error, with_gates
+from torch import Tensor, nn
+
+import deepmoe_plugin
+from deepmoe_plugin.sparse import SparseNetwork
+from deepmoe_plugin.sparse.conv import GatherConv, WeightCache
+from deepmoe_plugin.sparse.engine import segments
+from deepmoe_plugin.sparse.kernels import LANES, bit_words, compact_kernel
+from deepmoe_plugin.sparse.plan import Kept, Plan, Reader, Segment
+
+
+@torch.no_grad()
+def _train_step(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(1.1)
+
+
+@torch.no_grad()
+def _norm_statistics(model: nn.Module) -> None:
+    model.layer1[0].bn1.running_mean.add_(1)
+
+
+def _load(model: nn.Module) -> None:
+    model.load_state_dict({key: value * 1.5 for key, value in model.state_dict().items()})
+
+
+@torch.no_grad()
+def _gating_only(model: nn.Module) -> None:
+    model.gating.heads.weight.mul_(2)
+
+
+def _new_parameter(model: nn.Module) -> None:
+    model.layer2[0].conv2.weight = nn.Parameter(model.layer2[0].conv2.weight.detach() * 2)
+
+
+def _new_classifier(model: nn.Module) -> None:
+    model.reset_classifier(3)
+
+
+def _new_type(model: nn.Module) -> None:
+    model.double()
+
+
+@torch.no_grad()
+def _through_data(model: nn.Module) -> None:
+    model.layer1[0].conv1.weight.data.mul_(2)
+
+
+EDITS = [_train_step, _norm_statistics, _load, _gating_only, _new_parameter, _new_classifier, _new_type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('edit', EDITS)
+def test_edited_model_is_folded_anew(edit: Any) -> None:
+    model = network('bottleneck_a')
+    sparse = deepmoe_plugin.sparsify(model)
+    x = images(2, 40)
+    before = sparse(x)
+    edit(model)
+    x = x.to(next(model.parameters()).dtype)
+    after = sparse(x)
+    assert after.shape != before.shape or relative_error(after, before.to(after.dtype)) > 1e-4 or edit is _new_type
+    assert relative_error(after, model(x)) < 1e-5
+    assert after.dtype == x.dtype
+
+
+@torch.no_grad()
+def test_edit_through_data_needs_refresh() -> None:
+    model = network('bottleneck_a')
+    sparse = deepmoe_plugin.sparsify(model)
+    x = images(2, 40)
+    _through_data(model)
+    assert relative_error(sparse(x), model(x)) > 1e-4
+    sparse.refresh()
+    assert relative_error(sparse(x), model(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_same_weights_are_not_folded_again() -> None:
+    model = network('cifar')
+    sparse = deepmoe_plugin.sparsify(model)
+    view = sparse.view()
+    sparse(images(2))
+    model.train()
+    model.eval()
+    sparse(images(2))
+    assert sparse.view() is view
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('structure', STRUCTURES)
+def test_model_in_training_mode_is_left_alone(structure: str) -> None:
+    model = network(structure, drop_rate=0.5)
+    x = images(2, 40)
+    expected = model(x)
+    model.train()
+    model.gating.freeze()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    sparse = deepmoe_plugin.sparsify(model)
+    assert relative_error(sparse.eval()(x), expected) < 1e-5
+    assert relative_error(sparse.train()(x), expected) < 1e-5
+    assert not sparse.training
+    assert all(m.training for name, m in model.named_modules() if not name.startswith('gating'))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_surface_of_the_network() -> None:
+    model = network('bottleneck_a')
+    sparse = deepmoe_plugin.sparsify(model)
+    assert sparse.num_classes == model.num_classes
+    assert sparse.pretrained_cfg is model.pretrained_cfg
+    assert sparse.get_classifier() is model.fc
+    with pytest.raises(AttributeError):
+        _ = sparse.no_such_thing
+    sparse.requires_grad_(True)
+    assert not sparse(images()).requires_grad
+
+
+@torch.no_grad()
+def test_deepcopy_has_weights_of_its_own() -> None:
+    import copy
+
+    model = network('cifar')
+    sparse = deepmoe_plugin.sparsify(model)
+    x = images(2)
+    expected = model(x)
+    twin = copy.deepcopy(sparse)
+    _train_step(model)
+    assert relative_error(twin(x), expected) < 1e-5
+    assert relative_error(sparse(x), model(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_network_inside_another_module() -> None:
+    class Segmentor(nn.Module):
+        def __init__(self, backbone: nn.Module) -> None:
+            super().__init__()
+            self.backbone = backbone
+            self.decode_head = nn.Conv2d(10, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.decode_head(self.backbone(x)[:, :, None, None])
+
+    model = Segmentor(network('cifar'))
+    sparse = deepmoe_plugin.sparsify(model)
+    assert isinstance(sparse.backbone, SparseNetwork)
+    assert not isinstance(model.backbone, SparseNetwork)
+    assert_exact(model, images(2), sparse)
+
+
+def test_what_cannot_run_sparsely_says_so() -> None:
+    with pytest.raises(ValueError, match='DeepMoE'):
+        deepmoe_plugin.sparsify(timm.create_model('resnet20_cifar'))
+    with pytest.raises(ValueError, match='cache_mb'):
+        deepmoe_plugin.sparsify(network('cifar'), cache_mb=-1)
+    model = network('cifar')
+    model.layer1[0].bn1 = nn.GroupNorm(2, model.layer1[0].conv1.out_channels)
+    with pytest.raises(ValueError, match='GroupNorm'):
+        deepmoe_plugin.sparsify(model)
+
+
+@torch.no_grad()
+def test_cache_serves_repeated_gates_and_stays_bounded() -> None:
+    model = network('bottleneck_a')
+    gates = random_gates(model, 1, 0.3)
+    sparse = deepmoe_plugin.sparsify(with_gates(model, gates), cache_mb=0.2)
+    cache = next(m for m in sparse.view().modules() if hasattr(m, 'convs')).convs[0].cache
+    x = images(1, 40)
+    for _ in range(3):
+        assert_exact(model, x, sparse)
+    assert 0 < cache.size <= 0.2 * 2**20
+    assert cache.size == sum(w.numel() * 4 for w in cache._weights.values())
+    for seed in range(20):
+        model.gating.gates = random_gates(model, 1, 0.3, seed % 4, scale=1 + seed)
+        assert_exact(model, x, sparse)
+        assert cache.size <= 0.2 * 2**20
+
+
+def test_cache_admits_at_the_second_request() -> None:
+    cache = WeightCache(100)
+    assert cache.get(('a',)) == (None, False)
+    assert cache.get(('a',)) == (None, True)
+    cache.put(('a',), torch.zeros(10))
+    cache.put(('b',), torch.zeros(10))
+    assert cache.get(('a',))[0] is not None
+    cache.put(('c',), torch.zeros(10))
+    assert cache.get(('b',))[0] is None
+    cache.put(('d',), torch.zeros(1000))
+    assert cache.size == 80
+
+
+@torch.no_grad()
+def test_memory_does_not_grow() -> None:
+    model = network('cifar', layers=(1, 1, 1), widen=2)
+    sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 1, 0.4)), cache_mb=0.1)
+    x = images(1, 32)
+
+    def run(count: int, seed: int) -> float:
+        for i in range(count):
+            model.gating.gates = random_gates(model, 1, 0.4, seed + i)
+            sparse(x)
+        gc.collect()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    before = run(200, 0)
+    assert run(1000, 1000) - before < 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('structure', ['bottleneck_a', 'vgg'])
+def test_calibration_chooses_for_each_layer(structure: str) -> None:
+    model = network(structure)
+    x = images(1, 48)
+    sparse = deepmoe_plugin.sparsify(model, calibrate=x)
+    assert set(sparse.limits) == set(range(len(model.expert_layers)))
+    assert all(0 <= limit < 1 for limit in sparse.limits.values())
+    chosen = [limit for segment in segments(sparse.view()) for limit in segment.limits]
+    assert chosen == [sparse.limits[layer] for layer in range(len(chosen))]
+    assert_exact(model, images(3, 48), sparse)
+    _train_step(model)
+    assert [limit for segment in segments(sparse.view()) for limit in segment.limits] == chosen
+
+
+@pytest.mark.parametrize('limit', [0.0, 1.0])
+@pytest.mark.parametrize('structure', STRUCTURES)
+def test_any_choice_is_exact(structure: str, limit: float) -> None:
+    model = network(structure)
+    sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 3, 0.4)))
+    for segment in segments(sparse.view()):
+        segment.limits = [limit] * len(segment.limits)
+    assert_exact(model, images(3, 48), sparse)
+
+
+def test_images_with_the_same_experts_share_a_group() -> None:
+    segment = Segment(0, [64, 64], [Reader(64 * 64, 1, None, 0), Reader(64 * 64 * 9, 1, 0, 1)])
+    gates = torch.zeros(5, 64)
+    gates[[0, 2, 4], :16] = torch.rand(3, 16) + 0.1
+    gates[[1, 3], 32:48] = 1
+    groups = Plan([gates, gates]).groups(segment, 49)
+    assert [group.images for group in groups] == [[0, 2, 4], [1, 3]]
+    assert groups[0].kept[0] is not None
+    assert groups[0].kept[0].rows.tolist() == list(range(16))
+    assert torch.equal(groups[0].gates[1], gates[[0, 2, 4], :16])
+
+
+def test_layers_with_nearly_all_experts_run_dense() -> None:
+    segment = Segment(0, [64, 64], [Reader(64 * 64, 1, None, 0), Reader(64 * 64 * 9, 1, 0, 1)])
+    gates = torch.ones(1, 64)
+    gates[:, :3] = 0
+    few = torch.zeros(1, 64)
+    (group,) = Plan([gates, few]).groups(segment, 49)
+    assert group.kept[0] is None
+    assert group.kept[1] is not None
+    assert len(group.kept[1]) == 16
+    assert not group.gates[1].any()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize('channels', [1, 15, 16, 33, 128])
+def test_compact_kernel(channels: int, dtype: torch.dtype) -> None:
+    kernel = compact_kernel(dtype)
+    if kernel is None:
+        pytest.skip('needs numba and AVX-512')
+    rng = np.random.default_rng(channels)
+    buffer = torch.randn(20 * 9 * channels + LANES).to(dtype)
+    stored = buffer[: 20 * 9 * channels].view(20, 9, channels)
+    for count in {0, 1, channels // 2, channels}:
+        kept = rng.permutation(channels) < count
+        rows = np.sort(rng.permutation(20)[: rng.integers(1, 20)])
+        out = torch.full((len(rows) * 9 * count + 1,), 7.0, dtype=dtype)
+        kernel(stored, rows, *bit_words(kept), out[:-1].view(len(rows), 9, count))
+        expected = stored[torch.from_numpy(rows)][:, :, torch.from_numpy(np.flatnonzero(kept))]
+        assert torch.equal(out[:-1], expected.flatten())
+        assert out[-1] == 7
+
+
+@torch.no_grad()
+def test_compact_kernel_in_threads() -> None:
+    kernel = compact_kernel(torch.float32)
+    if kernel is None:
+        pytest.skip('needs numba and AVX-512')
+    stored = torch.randn(64 * 9 * 64 + LANES)[: 64 * 9 * 64].view(64, 9, 64)
+
+    def check(seed: int) -> bool:
+        rng = np.random.default_rng(seed)
+        kept = rng.permutation(64) < 30
+        rows = np.flatnonzero(rng.permutation(64) < 40)
+        out = torch.empty(40, 9, 30)
+        kernel(stored, rows, *bit_words(kept), out)
+        return torch.equal(out, stored[torch.from_numpy(rows)][:, :, torch.from_numpy(np.flatnonzero(kept))])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(check, range(200)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', [5, 8, 20])
+@pytest.mark.parametrize('geometry', [(1, 1, 0, 1), (1, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2)])
+def test_one_convolution(geometry: tuple[int, int, int, int], size: int) -> None:
+    kernel, stride, padding, dilation = geometry
+    conv = nn.Conv2d(48, 40, kernel, stride, padding, dilation)
+    sparse = GatherConv(conv, None, WeightCache(0))
+    x = torch.randn(2, 48, size, size)
+    chosen_in, chosen_out = np.arange(48) % 3 == 0, np.arange(40) % 5 < 2
+    for reads in (None, Kept(chosen_in, x.device)):
+        for writes in (None, Kept(chosen_out, x.device)):
+            masked = x if reads is None else x * torch.from_numpy(chosen_in)[:, None, None]
+            expected = conv(masked) if writes is None else conv(masked)[:, chosen_out]
+            given = x if reads is None else x[:, chosen_in]
+            gate = torch.rand(2, expected.shape[1])
+            assert relative_error(sparse(given, reads, writes), expected) < 1e-5
+            result = sparse(given, reads, writes, gate, relu=True)
+            assert relative_error(result, expected.relu() * gate[:, :, None, None]) < 1e-5
+            stream = torch.randn_like(expected).contiguous(memory_format=torch.channels_last)
+            reference = (stream + expected).relu()
+            assert relative_error(sparse(given, reads, writes, relu=True, add_to=stream), reference) < 1e-5

@@ -1,0 +1,277 @@
+"""Time sparse execution against masked dense execution, against an ideal thin network and against the dense base.
+
+All variants run in one process, one after the other in every repetition, on the same images and gates. Each
+repetition draws new gates, so that no gathered weight is used twice. Norms are folded in every variant, and each plain
+network runs in the memory format that suits it best.
+
+    python tools/benchmark.py wide_deepmoe_resnet50 --kept 0.5 --out results/resnet50
+"""
+
+import argparse
+import copy
+import csv
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import deepmoe_plugin
+from deepmoe_plugin.experts import expert_widths
+from deepmoe_plugin.macs import MacsTable
+from deepmoe_plugin.sparse.fold import fold_norm
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float64': torch.float64}
+VARIANTS = {
+    'masked': 'masked dense',
+    'sparse': 'sparse',
+    'thin': 'ideal thin',
+    'thin_fused': 'ideal thin, this engine',
+    'base': 'dense base, unwidened',
+}
+
+
+class SyntheticGates(nn.Module):
+    """Stands in for a gating network: random experts, an exact fraction of every layer, different for each image."""
+
+    def __init__(self, widths: list[int], batch: int, kept: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.widths, self.batch, self.dtype, self.device = widths, batch, dtype, device
+        self.counts = [kept_count(width, kept) for width in widths]
+        self.current: list[Tensor] = []
+        self.draw()
+
+    def draw(self) -> None:
+        """Choose the experts of the next call."""
+        gates = []
+        for width, count in zip(self.widths, self.counts, strict=True):
+            chosen = torch.rand(self.batch, width).argsort(1).argsort(1) < count
+            gates.append((chosen * torch.empty(self.batch, width).uniform_(0.5, 1.5)).to(self.device))
+        self.current[:] = gates
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(self.current)
+
+
+def kept_count(width: int, kept: float) -> int:
+    return min(width, max(0, round(width * kept)))
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy for inference whose norms are folded into the convolutions before them."""
+    model = copy.deepcopy(model).eval()
+    previous = ('', None)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d) and isinstance(previous[1], nn.Conv2d):
+            conv = previous[1]
+            weight, bias = fold_norm(conv, module)
+            conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+            model.set_submodule(name, nn.Identity())
+        if not list(module.children()):
+            previous = (name, module)
+    return model
+
+
+def best_format(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
+    """The model and its input in the faster of both memory formats."""
+    timed = []
+    for name, memory_format in (('nchw', torch.contiguous_format), ('nhwc', torch.channels_last)):
+        candidate = copy.deepcopy(model).to(memory_format=memory_format)
+        images = x.contiguous(memory_format=memory_format)
+        timed.append(
+            (min(measure(lambda m=candidate, i=images: m(i), 'wall') for _ in range(4)), name, candidate, images)
+        )
+    _, name, candidate, images = min(timed, key=lambda entry: entry[0])
+    return candidate, images, name
+
+
+def measure(function: Callable[[], Any], clock: str) -> float:
+    """Seconds that one call takes."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    now = time.perf_counter if clock == 'wall' else time.process_time
+    start = now()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return now() - start
+
+
+def build(args: argparse.Namespace, kept: float) -> tuple[dict[str, Callable[[], Any]], SyntheticGates, dict[str, Any]]:
+    """The variants as functions of nothing, the gates that they share, and facts about them."""
+    dtype, device = DTYPES[args.dtype], torch.device(args.device)
+    make = dict(num_classes=args.num_classes, device=device)
+    height, width = args.size
+    x = torch.randn(args.batch, 3, height, width, device=device, dtype=dtype)
+    model = timm.create_model(args.model, **make).to(dtype).eval()
+    widths = expert_widths(model, model.expert_layers)
+    gates = SyntheticGates(widths, args.batch, kept, dtype, device)
+    model.gating = gates
+    plain = timm.create_model(args.model, gated=False, widen=1, **make).to(dtype).eval()
+    base_widths = expert_widths(plain, plain.expert_layers)
+    factors = [max(1, n) / base for n, base in zip(gates.counts, base_widths, strict=True)]
+    table = MacsTable(plain, (height, width))
+    facts: dict[str, Any] = {'base_gmacs': table.dense() / 1e9}
+    functions: dict[str, Callable[[], Any]] = {}
+
+    def add(name: str, network: nn.Module, tune: bool = True) -> None:
+        images = x
+        if tune:
+            network, images, facts[f'{name}_format'] = best_format(network, x)
+        functions[name] = lambda: network(images)
+
+    if 'masked' in args.variants:
+        add('masked', folded(model))
+    if 'sparse' in args.variants:
+        gates.draw()
+        sparse = deepmoe_plugin.sparsify(model, calibrate=x if args.calibrate else None, cache_mb=0)
+        add('sparse', sparse, tune=False)
+    if 'thin' in args.variants:
+        thin = timm.create_model(args.model, gated=False, widen=factors, **make).to(dtype)
+        facts['thin_gmacs'] = MacsTable(thin, (height, width)).dense() / 1e9
+        add('thin', folded(thin))
+    if 'thin_fused' in args.variants:
+        thin = timm.create_model(args.model, widen=factors, **make).to(dtype).eval()
+        thin.gating = SyntheticGates([max(1, n) for n in gates.counts], args.batch, 1, dtype, device)
+        add('thin_fused', deepmoe_plugin.sparsify(thin), tune=False)
+    if 'base' in args.variants:
+        add('base', folded(plain))
+    return functions, gates, facts
+
+
+def run(args: argparse.Namespace, kept: float) -> dict[str, Any]:
+    """Time all variants at one fraction of kept experts."""
+    functions, gates, facts = build(args, kept)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repetition in tqdm(range(-args.warmup, args.repeats), desc=f'{args.model} kept {kept:g}'):
+        gates.draw()
+        for name, function in functions.items():
+            seconds = measure(function, args.clock)
+            if repetition >= 0:
+                times[name].append(seconds)
+    row: dict[str, Any] = {
+        'model': args.model,
+        'size': f'{args.size[0]}x{args.size[1]}',
+        'batch': args.batch,
+        'dtype': args.dtype,
+        'threads': torch.get_num_threads(),
+        'kept': kept,
+    }
+    row |= {f'{name}_ms': 1e3 * statistics.median(values) for name, values in times.items()}
+    for name, of, by in (
+        ('speedup', 'masked', 'sparse'),
+        ('efficiency', 'thin', 'sparse'),
+        ('efficiency_fused', 'thin_fused', 'sparse'),
+    ):
+        if of in times and by in times:
+            row[name] = statistics.median(a / b for a, b in zip(times[of], times[by], strict=True))
+    return row | facts
+
+
+def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Print the table; with `--out`, write it with what it was measured on, and a plot."""
+    for row in rows:
+        setting = ', '.join(f'{key} {row[key]}' for key in ('size', 'batch', 'dtype', 'threads', 'kept'))
+        print(f'\n{row["model"]}: {setting}')
+        for name, label in VARIANTS.items():
+            if f'{name}_ms' in row:
+                print(f'  {label:26}{row[f"{name}_ms"]:10.2f} ms')
+        for name, label in (
+            ('speedup', 'speed-up over masked'),
+            ('efficiency', 'efficiency (thin / sparse)'),
+            ('efficiency_fused', 'the same, thin fused'),
+        ):
+            if name in row:
+                print(f'  {label:26}{row[name]:10.3f}')
+    if args.out is None:
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    setting = {
+        'processor': processor_name(args.device),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'python': platform.python_version(),
+        'arguments': {key: str(value) for key, value in vars(args).items()},
+    }
+    args.out.with_suffix('.json').write_text(json.dumps({'setting': setting, 'rows': rows}, indent=2) + '\n')
+    with args.out.with_suffix('.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(args, rows)
+
+
+def processor_name(device: str) -> str:
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    for line in Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else ():
+        if line.startswith('model name'):
+            return line.split(':', 1)[1].strip()
+    return platform.processor()
+
+
+def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+    except ImportError:
+        print('No plot: matplotlib is not installed.')
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
+    for name, label in VARIANTS.items():
+        points = [(row.get('thin_gmacs', row['kept']), row[f'{name}_ms']) for row in rows if f'{name}_ms' in row]
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), marker='o', label=label)
+    axes.set(xlabel='GMACs of the kept experts', ylabel='time of a batch [ms]', title=args.model, ylim=(0, None))
+    axes.legend()
+    figure.savefig(args.out.with_suffix('.png'), dpi=150)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('model', help='a registered DeepMoE model')
+    parser.add_argument('--size', type=int, nargs='+', default=[224], help='image height and width (one number: both)')
+    parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--dtype', choices=DTYPES, default='float32')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, help='threads of torch (default: its own choice)')
+    parser.add_argument(
+        '--kept', type=float, nargs='+', default=[0.5], help='fraction(s) of experts kept in each layer'
+    )
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument('--calibrate', action='store_true', help='let sparsify time both ways of every layer first')
+    parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument('--warmup', type=int, default=3)
+    parser.add_argument('--clock', choices=('wall', 'cpu'), default='wall', help='cpu: time of all threads together')
+    parser.add_argument('--num-classes', type=int, default=1000)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--out', type=Path, help='writes OUT.csv, OUT.json and OUT.png')
+    args = parser.parse_args()
+    args.size = args.size * 2 if len(args.size) == 1 else args.size
+    if len(args.size) != 2:
+        parser.error('--size takes one or two numbers')
+    if any(not 0 <= kept <= 1 for kept in args.kept):
+        parser.error('--kept takes fractions between 0 and 1')
+    return args
+
+
+@torch.no_grad()
+def main() -> None:
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    report(args, [run(args, kept) for kept in args.kept])
+
+
+if __name__ == '__main__':
+    main()
