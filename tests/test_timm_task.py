@@ -41,6 +41,10 @@ def soft_labels(batch: int = 4) -> Tensor:
     return torch.rand(batch, 10, generator=torch.Generator().manual_seed(5)).softmax(1)
 
 
+def embedding_logits(model: nn.Module, mixture: Tensor) -> Tensor:
+    return model.gating.classifier(mixture * mixture.shape[1] ** 0.5)
+
+
 def hand_written(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of the network and of the embedding classifier, and the mean gate, in plain torch."""
     gating = model.gating
@@ -50,8 +54,7 @@ def hand_written(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gating.forward = lambda _: layers
     logits = model(x)
     del gating.forward
-    embed_logits = gating.classifier(mixture * mixture.shape[1]) if gating.classifier is not None else None
-    return logits, embed_logits, gates.mean()
+    return logits, embedding_logits(model, mixture), gates.mean()
 
 
 def hand_written_j(
@@ -153,7 +156,7 @@ def test_feature_distillation_optimises_j(teacher: str) -> None:
         target = teacher_model.forward_head(teacher_model.forward_features(x), pre_logits=True)
     kd = F.mse_loss(student if projection is None else projection(student), target)
     base = 0.9 * criterion(model.forward_head(features), y) + 0.4 * kd
-    embed = criterion(model.gating.classifier(mixture * mixture.shape[1]), y)
+    embed = criterion(embedding_logits(model, mixture), y)
     expected = gradients_of(base + LAMBDA * gates.mean() + MU * embed, task.trainable_module)
 
     task.train()

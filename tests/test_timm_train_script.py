@@ -61,10 +61,10 @@ class Run:
         self.output = folder / 'out' / name
         self.logs = [folder / f'{name}.{rank}.log' for rank in range(ranks)]
         command = [
-            sys.executable, 'train.py', '--data-dir', 'data', '--device', 'cpu', '--output', 'out', '--experiment', name,
-            '--device-modules', 'deepmoe_plugin', 'cpu_ddp', '--model', 'wide_deepmoe_resnet20_cifar',
-            '--num-classes', '4', '--batch-size', '8', '--workers', '0', '--lr', '0.05', '--warmup-epochs', '0',
-            '--log-interval', '1', '--epochs', '1', *args,
+            sys.executable, 'train.py', '--data-dir', 'data', '--output', 'out', '--experiment', name,
+            '--device', 'cpu', '--device-modules', 'deepmoe_plugin', 'cpu_ddp', '--workers', '0',
+            '--model', 'wide_deepmoe_resnet20_cifar', '--num-classes', '4', '--batch-size', '8', '--lr', '0.05',
+            '--warmup-epochs', '0', '--log-interval', '1', '--epochs', '1', *args,
         ]  # fmt: skip
         with socket.socket() as probe:
             probe.bind(('localhost', 0))
