@@ -77,8 +77,11 @@ def check_readable(file: str | Path) -> None:
             f'{file} holds more than tensors, or is no checkpoint at all. Loading it could run code, so it is refused: '
             f'save the state dict of its model alone, best as .safetensors.'
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f'{file} is damaged or cut short ({error}): copy, download or save it again.') from error
+    except Exception as error:  # bytes that are no checkpoint end the unpickler in any way
+        raise ValueError(
+            f'{file} is cut short, damaged or no checkpoint at all ({type(error).__name__}): copy, download or save it '
+            f'again.'
+        ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f'{file} holds a {type(checkpoint).__name__}, not a state dict: save model.state_dict().')
 

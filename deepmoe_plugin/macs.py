@@ -75,11 +75,12 @@ def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCo
     """
     names = {module: name for name, module in model.named_modules()}
     network = next(deepmoe_networks(model), None)
-    prefix = names[network] + '.' if network is not None and names[network] else ''
+    classifying = network or next((m for m in model.modules() if hasattr(m, 'get_classifier')), model)
+    prefix = names[classifying] + '.' if names[classifying] else ''
     layers = network.expert_layers if network is not None else ()
     writes = {prefix + layer.conv: i for i, layer in enumerate(layers)}
     reads = {prefix + layer.consumer: i for i, layer in enumerate(layers) if layer.consumer}
-    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    classifier = classifying.get_classifier() if hasattr(classifying, 'get_classifier') else None
     costs: list[ModuleCost] = []
 
     def measure(module: nn.Module, _args: object, output: Tensor) -> None:
@@ -93,7 +94,7 @@ def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCo
             group = 'embedding'
         elif '.downsample.' in name:
             group = 'shortcut'
-        elif module is classifier or name.startswith('pre_logits.'):
+        elif module is classifier or name.startswith(f'{prefix}pre_logits.'):
             group = 'head'
         else:
             group = 'base'

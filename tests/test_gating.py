@@ -1,0 +1,215 @@
+"""The gating network: latent mixture, gates, freezing, budget, and what it leaves for the loss."""
+
+import copy
+
+import pytest
+import torch
+from small_networks import images, randomise, small
+from torch import nn
+
+import deepmoe_plugin
+from deepmoe_plugin.gating import GateBudget, GateHeads, GatingConfig, GatingNetwork, ShallowEmbedding
+
+
+def gating(widths=(4, 6), **kwargs):
+    shape = dict(in_chans=3, num_classes=5)
+    shape.update({key: kwargs.pop(key) for key in ('in_chans', 'num_classes', 'min_size') if key in kwargs})
+    config = GatingConfig(**{'num_latent_experts': 8, 'embedding_channels': (4, 8), **kwargs})
+    return GatingNetwork(config, widths, **shape)
+
+
+def test_latent_mixture_weights_are_a_softmax():
+    embedding = ShallowEmbedding(3, (4, 8), 6)
+    mixture = embedding(images(5))
+    assert mixture.shape == (5, 6)
+    assert (mixture > 0).all()
+    torch.testing.assert_close(mixture.sum(1), torch.ones(5))
+    assert not torch.allclose(mixture[0], mixture[1])
+
+
+def test_embedding_layers_are_stride_two_convolutions_with_norm_and_relu():
+    embedding = ShallowEmbedding(3, (4, 8, 16), 6)
+    assert embedding.layers(images(1, 32)).shape == (1, 16, 4, 4)
+    for layer, width in zip(embedding.layers, (4, 8, 16), strict=True):
+        assert (layer.conv.out_channels, layer.conv.kernel_size, layer.conv.stride) == (width, (3, 3), (2, 2))
+        assert layer.conv.bias is None
+        assert [type(part) for part in layer] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+
+
+def test_number_of_embedding_layers_follows_the_image_size():
+    assert len(small('cifar').gating.embedding.layers) == len(small('vgg_cifar').gating.embedding.layers) == 4
+    assert len(small('basic').gating.embedding.layers) == len(small('vgg').gating.embedding.layers) == 5
+
+
+def test_gates_are_the_relu_of_a_linear_map_of_the_mixture_without_bias():
+    network = randomise(nn.ModuleDict(dict(inner=gating())))['inner'].eval()
+    nn.init.normal_(network.heads.weight)
+    x = images(3)
+    first, second = network(x)
+    assert (first.shape, second.shape) == ((3, 4), (3, 6))
+    expected = network.embedding(x) @ network.heads.weight.T
+    assert (expected < 0).any()
+    torch.testing.assert_close(torch.cat([first, second], 1), expected.relu())
+    assert [name for name, _ in network.heads.named_parameters()] == ['weight']
+
+
+def test_heads_start_at_one():
+    torch.testing.assert_close(GateHeads((3, 2), 4).weight, torch.ones(5, 4), rtol=0, atol=0)
+
+
+def test_gates_stay_float32_in_a_half_precision_network():
+    network = gating().half().eval()
+    assert {gate.dtype for gate in network(images().half())} == {torch.float32}
+    with torch.autocast('cpu', torch.float16):
+        assert {gate.dtype for gate in gating()(images())} == {torch.float32}
+
+
+def test_initial_gates_change_with_training_and_differ_between_images():
+    torch.manual_seed(0)
+    network = gating().double()
+    optimizer = torch.optim.SGD(network.parameters(), lr=5)
+    x = images(4, dtype=torch.float64)
+    wanted = torch.rand(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = (torch.cat(network(x), 1) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+    gates = torch.cat(network(x), 1)
+    assert (gates.std(0) > 1e-3).any()
+
+
+# What a forward pass leaves for the loss
+
+
+def test_record_is_handed_over_once_and_only_by_training_passes():
+    network = gating(embed_loss_weight=1)
+    assert network.take_record() is None
+    network(images(3))
+    record = network.take_record()
+    assert record.preact.shape == (3, 10)
+    assert record.embed_logits.shape == (3, 5)
+    assert network.take_record() is None
+    with torch.no_grad():
+        network(images())
+    assert network.take_record() is None
+    network.eval()(images())
+    assert network.take_record() is None
+
+
+def test_later_pass_replaces_the_record():
+    network = gating()
+    network(images(3))
+    network(images(2))
+    assert len(network.take_record().preact) == 2
+
+
+def test_no_classifier_without_embedding_loss():
+    assert gating().classifier is None
+    assert not [name for name, _ in gating().named_parameters() if name.startswith('classifier')]
+    network = gating()
+    network(images())
+    assert network.take_record().embed_logits is None
+
+
+def test_copies_start_without_a_record():
+    network = gating()
+    network(images())
+    assert copy.deepcopy(network).take_record() is None
+    assert network.take_record() is not None
+
+
+# Freezing
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def train_once(model, x):
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1, weight_decay=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize('structure', ['basic', 'vgg_cifar'])
+def test_frozen_gating_does_not_move_whatever_training_does(structure):
+    model = randomise(small(structure, embed_loss_weight=1))
+    deepmoe_plugin.freeze_gating(model)
+    before = state(model)
+    train_once(model, images(4, size=64))
+    after = state(model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not [name for name in moved if name.startswith('gating.')]
+    assert {name for name in before if not name.startswith('gating.') and 'weight' in name} <= moved
+    assert not any(module.training for module in model.gating.modules())
+
+
+def test_unfrozen_gating_moves_again_statistics_included():
+    model = randomise(small('cifar'))
+    deepmoe_plugin.freeze_gating(model)
+    deepmoe_plugin.unfreeze_gating(model)
+    before = state(model.gating)
+    train_once(model, images(4))
+    moved = {name for name, value in state(model.gating).items() if not torch.equal(value, before[name])}
+    assert moved == before.keys()
+
+
+def test_freezing_on_creation_equals_freezing_later():
+    model = small('cifar', freeze_gating=True)
+    assert model.gating.frozen
+    assert not any(parameter.requires_grad for parameter in model.gating.parameters())
+    assert not any(module.training for module in model.train().gating.modules())
+    assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith('gating.'))
+
+
+@pytest.mark.parametrize('function', [deepmoe_plugin.freeze_gating, deepmoe_plugin.unfreeze_gating])
+def test_freezing_needs_a_deepmoe_network(function):
+    with pytest.raises(ValueError, match='DeepMoE network in Linear'):
+        function(nn.Linear(2, 2))
+
+
+# Budget
+
+
+def test_budget_pushes_towards_its_target_from_both_sides():
+    assert GateBudget(0.5, 2.0).step(torch.tensor(0.9)) > 0
+    assert GateBudget(0.5, 2.0).step(torch.tensor(0.2)) < 0
+    assert GateBudget(0.5, 2.0).step(torch.tensor(0.5)) == 0
+
+
+def test_budget_pushes_harder_while_the_target_is_missed_and_softer_after_overshooting():
+    budget = GateBudget(0.5, 2.0)
+    first = budget.step(torch.tensor(0.9))
+    for _ in range(20):
+        last = budget.step(torch.tensor(0.9))
+    assert last > first
+    before = budget.strength.item()
+    budget.step(torch.tensor(0.45))
+    assert budget.strength < before
+
+
+@pytest.mark.parametrize('target', [0.3, 0.7])
+@pytest.mark.parametrize('gain', [0.002, 0.05])
+def test_budget_settles_at_its_target(target, gain):
+    """A crude network: the fraction of experts kept falls at a speed proportional to lambda."""
+    budget, kept = GateBudget(target, 1.0), torch.tensor(1.0)
+    for _ in range(3000):
+        kept = (kept - gain * budget.step(kept)).clamp(0, 1)
+    assert abs(kept.item() - target) < 0.02
+
+
+def test_budget_continues_from_its_saved_state():
+    model, twin = small('cifar', target_kept=0.5), small('cifar', target_kept=0.5)
+    for i in range(10):
+        model.gating.budget.step(torch.tensor(0.9 - 0.02 * i))
+    assert any(key.startswith('gating.budget.') for key in model.state_dict())
+    twin.load_state_dict(model.state_dict())
+    for value in (0.8, 0.3, 0.6):
+        assert model.gating.budget.step(torch.tensor(value)) == twin.gating.budget.step(torch.tensor(value))
+    torch.testing.assert_close(state(model.gating.budget), state(twin.gating.budget), rtol=0, atol=0)
+
+
+def test_no_budget_without_target():
+    assert small('cifar').gating.budget is None
