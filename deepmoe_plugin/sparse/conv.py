@@ -13,8 +13,9 @@ from .fold import fold_norm
 from .kernels import LANES, compact_kernel
 from .plan import Kept
 
-SMALL_MAP = 64
-"""Up to this many output positions a convolution is one matrix product, which spares oneDNN's copy of the weights."""
+SMALL_MAP = {True: 1024, False: 64}
+"""Up to this many output positions a pointwise (True) or other (False) convolution is one matrix product: oneDNN would
+first copy the weights into a layout of its own, which costs more than it gains on small maps."""
 
 
 class WeightCache:
@@ -110,6 +111,7 @@ class GatherConv:
         self.all_rows = np.arange(self.out_channels)
         self.cache = cache
         self.packed: Tensor | None = None
+        self.by_input: Tensor | None = None
         is_cpu = weight.device.type == 'cpu'
         has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
         self.fused = is_cpu and has_onednn and weight.dtype in (torch.float32, torch.bfloat16)
@@ -144,49 +146,65 @@ class GatherConv:
             (B, kept outputs, H', W'), channels last.
         """
         x = x.contiguous(memory_format=torch.channels_last)
-        height, width = self.out_size(x)
-        positions = x.shape[0] * height * width
+        size = self.out_size(x)
+        positions = x.shape[0] * size[0] * size[1]
         bias = self.bias if writes is None else self.bias.index_select(0, writes.index)
         if reads is None and writes is None:
-            weight = self.stored
-        else:
-            weight, is_scratch = self._gathered(reads, writes)
-            if gate is not None and relu and x.shape[0] == 1 and weight.numel() < positions * len(bias):
-                factor = gate[0].to(weight.dtype)
-                weight = torch.mul(weight, factor[:, None, None], out=weight if is_scratch else None)
-                bias = bias * factor
-                gate = None
-        if self.as_product and positions <= SMALL_MAP and not (reads is None and writes is None):
-            y = self._product(x, weight, bias, (height, width), relu, add_to)
-        else:
-            y = self._convolution(x, weight, bias, relu, add_to)
-        if gate is not None:
-            y.mul_(gate.to(y.dtype)[:, :, None, None])
-        return y
+            return self._scaled(self._convolution(x, self.stored, bias, relu, add_to), gate)
+        is_product = self.as_product and positions <= SMALL_MAP[self.taps == 1]
+        if is_product and writes is None:
+            weight, _ = self._gathered(reads, writes, self._input_rows)
+            return self._scaled(self._product(x, weight.flatten(0, 1), bias, size, relu, add_to, 'CT'), gate)
+        weight, is_scratch = self._gathered(reads, writes, self._compacted)
+        if gate is not None and relu and x.shape[0] == 1 and weight.numel() < positions * len(bias):
+            factor = gate[0].to(weight.dtype)
+            weight = torch.mul(weight, factor[:, None, None], out=weight if is_scratch else None)
+            bias = bias * factor
+            gate = None
+        if is_product:
+            return self._scaled(self._product(x, weight.flatten(1).t(), bias, size, relu, add_to, 'TC'), gate)
+        return self._scaled(self._convolution(x, weight, bias, relu, add_to), gate)
 
-    def _gathered(self, reads: Kept | None, writes: Kept | None) -> tuple[Tensor, bool]:
-        """Compact weight (kept outputs, T, kept inputs), and whether it may be overwritten."""
-        key = (id(self), reads and reads.key, writes and writes.key)
+    @staticmethod
+    def _scaled(y: Tensor, gate: Tensor | None) -> Tensor:
+        return y if gate is None else y.mul_(gate.to(y.dtype)[:, :, None, None])
+
+    def _gathered(
+        self, reads: Kept | None, writes: Kept | None, gather: Callable[[Kept | None, Kept | None, Tensor], Tensor]
+    ) -> tuple[Tensor, bool]:
+        """Compact weight in the layout of `gather`, and whether it may be overwritten."""
+        key = (id(self), reads and reads.key, writes and writes.key, gather.__name__)
         weight, store = self.cache.get(key)
         if weight is not None:
             return weight, False
         num_out = self.out_channels if writes is None else len(writes)
         num_in = self.in_channels if reads is None else len(reads)
-        shape = (num_out, self.taps, num_in)
         numel = num_out * self.taps * num_in
-        weight = (self.stored.new_empty(numel) if store else _scratch.take(self.stored, numel)).view(shape)
-        kernel = compact_kernel(self.stored.dtype) if self.stored.device.type == 'cpu' else None
-        if reads is None:
-            assert writes is not None
-            torch.index_select(self.stored, 0, writes.index, out=weight)
-        elif kernel is not None:
-            kernel(self.stored, self.all_rows if writes is None else writes.rows, *reads.bits, weight)
-        else:
-            rows = self.stored if writes is None else self.stored.index_select(0, writes.index)
-            torch.index_select(rows, 2, reads.index, out=weight)
+        weight = gather(reads, writes, self.stored.new_empty(numel) if store else _scratch.take(self.stored, numel))
         if store:
             self.cache.put(key, weight)
         return weight, not store
+
+    def _compacted(self, reads: Kept | None, writes: Kept | None, out: Tensor) -> Tensor:
+        """(kept outputs, T, kept inputs)."""
+        num_out = self.out_channels if writes is None else len(writes)
+        out = out.view(num_out, self.taps, -1)
+        kernel = compact_kernel(out.dtype) if out.device.type == 'cpu' else None
+        if reads is None:
+            assert writes is not None
+            return torch.index_select(self.stored, 0, writes.index, out=out)
+        if kernel is not None:
+            kernel(self.stored, self.all_rows if writes is None else writes.rows, *reads.bits, out)
+            return out
+        rows = self.stored if writes is None else self.stored.index_select(0, writes.index)
+        return torch.index_select(rows, 2, reads.index, out=out)
+
+    def _input_rows(self, reads: Kept | None, writes: Kept | None, out: Tensor) -> Tensor:
+        """(kept inputs, T, all outputs): whole rows of a second copy of the weights."""
+        assert reads is not None
+        if self.by_input is None:
+            self.by_input = self.stored.permute(2, 1, 0).contiguous()
+        return torch.index_select(self.by_input, 0, reads.index, out=out.view(-1, *self.by_input.shape[1:]))
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, add_to: Tensor | None) -> Tensor:
         padding, stride, dilation = self.geometry
@@ -212,21 +230,27 @@ class GatherConv:
         )
 
     def _product(
-        self, x: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int], relu: bool, add_to: Tensor | None
+        self,
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor,
+        size: tuple[int, int],
+        relu: bool,
+        add_to: Tensor | None,
+        order: str,
     ) -> Tensor:
-        patches = self._patches(x, size)
-        flat = weight.view(weight.shape[0], -1).t()
+        patches = self._patches(x, size, order)
         if add_to is None:
-            y = torch.addmm(bias, patches, flat)
+            y = torch.addmm(bias, patches, matrix)
         else:
-            y = add_to.permute(0, 2, 3, 1).reshape(-1, weight.shape[0])
-            y = y.add_(bias).addmm_(patches, flat)
+            y = add_to.permute(0, 2, 3, 1).reshape(-1, matrix.shape[1])
+            y = y.add_(bias).addmm_(patches, matrix)
         if relu:
             y.relu_()
         return y.view(x.shape[0], *size, -1).permute(0, 3, 1, 2)
 
-    def _patches(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The inputs of every output position, (positions, T * C)."""
+    def _patches(self, x: Tensor, size: tuple[int, int], order: str) -> Tensor:
+        """The inputs of every output position, (positions, T * C); order 'CT' puts the kernel positions innermost."""
         (ph, pw), (sh, sw), (dh, dw) = self.geometry
         x = x.permute(0, 2, 3, 1)
         if ph or pw:
@@ -235,7 +259,10 @@ class GatherConv:
         by_image, by_row, by_column, by_channel = x.stride()
         shape = (images, *size, *self.kernel, channels)
         stride = (by_image, sh * by_row, sw * by_column, dh * by_row, dw * by_column, by_channel)
-        return x.as_strided(shape, stride).reshape(images * size[0] * size[1], self.taps * channels)
+        patches = x.as_strided(shape, stride)
+        if order == 'CT':
+            patches = patches.permute(0, 1, 2, 5, 3, 4)
+        return patches.reshape(images * size[0] * size[1], self.taps * channels)
 
 
 class FoldedSequence(nn.Module):

@@ -61,24 +61,30 @@ def fingerprint(module: nn.Module) -> Callable[[], bool]:
     """Remember the module tree and its tensors; the function returned tells whether all are as they were.
 
     Seen are assignments of modules and tensors, moves, and in-place changes of tensors, except those made through
-    `.data`, which torch does not count.
+    `.data` and those of inference tensors, which torch does not count.
     """
     entries: list[tuple[dict[str, Any], str, Any]] = []
     tensors: list[tuple[Tensor, int, int]] = []
+    inference: list[tuple[Tensor, int]] = []
     for part in module.modules():
         for name in ('_modules', '_parameters', '_buffers'):
             held = part.__dict__[name]
             entries += [(held, key, value) for key, value in held.items()]
-            if name != '_modules':
-                tensors += [(t, t.data_ptr(), _version(t)) for t in held.values() if t is not None]
+            for tensor in held.values() if name != '_modules' else ():
+                if tensor is None:
+                    continue
+                if tensor.is_inference():  # these count no changes
+                    inference.append((tensor, tensor.data_ptr()))
+                else:
+                    tensors.append((tensor, tensor.data_ptr(), tensor._version))
 
     def unchanged() -> bool:
-        return all(held.get(key) is value for held, key, value in entries) and all(
-            tensor.data_ptr() == pointer and _version(tensor) == version for tensor, pointer, version in tensors
-        )
+        for held, key, value in entries:
+            if held.get(key) is not value:
+                return False
+        for tensor, pointer, version in tensors:
+            if tensor._version != version or tensor.data_ptr() != pointer:
+                return False
+        return all(tensor.data_ptr() == pointer for tensor, pointer in inference)
 
     return unchanged
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -1,5 +1,6 @@
 """What to compute for which images: kept experts of each layer, and images that share compact weights."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,18 +21,19 @@ class Kept:
     Attributes:
         rows: their indices, int64, shape (k,).
         index: the same as a tensor on the device of the network.
-        bits: see `kernels.bit_words`.
         key: identifies the set.
     """
 
-    __slots__ = ('bits', 'index', 'key', 'rows', 'width')
-
     def __init__(self, chosen: np.ndarray, device: torch.device) -> None:
+        self.chosen = chosen
         self.rows = np.flatnonzero(chosen)
         self.index = torch.from_numpy(self.rows).to(device)
-        self.bits = bit_words(chosen)
-        self.key = self.bits[0].tobytes()
-        self.width = len(chosen)
+        self.key = chosen.tobytes()
+
+    @functools.cached_property
+    def bits(self) -> tuple[np.ndarray, np.ndarray]:
+        """See `kernels.bit_words`."""
+        return bit_words(self.chosen)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -79,14 +81,14 @@ class Segment:
         self.first = first
         self.widths = list(widths)
         self.readers = list(readers)
+        self.steps = [max(16, 2 ** round(math.log2(width / 32))) for width in widths]
         self.limits = [0.8] * len(self.widths)
         """Largest fraction of kept experts for which a layer runs on compact weights."""
 
     def rounded(self, layer: int, count: int) -> int:
         """Experts to compute when `count` are kept: repeated shapes let oneDNN reuse its kernels."""
-        width = self.widths[layer]
-        step = max(16, 2 ** round(math.log2(width / 32)))
-        return min(width, max(step, -(-count // step) * step))
+        step = self.steps[layer]
+        return min(self.widths[layer], max(step, -(-count // step) * step))
 
     def cost(self, counts: Sequence[int], images: int, positions: int) -> float:
         """Multiply-accumulates, gathering included, when `counts` experts of each layer are computed."""
@@ -162,16 +164,16 @@ def _group(segment: Segment, kept: list[np.ndarray], gates: list[Tensor], images
         if len(images) < len(gate):
             gate = gate[images]
         union = mask[images[0]] if len(images) == 1 else mask[images].any(0)
-        count = segment.rounded(layer, int(union.sum()))
+        kept_count = int(np.count_nonzero(union))
+        count = segment.rounded(layer, kept_count)
         if count > segment.limits[layer] * segment.widths[layer]:
             chosen.append(None)
             scales.append(gate)
             continue
-        # The count is rounded up with closed experts: their gate of zero leaves the result as it is.
-        missing = count - int(union.sum())
-        if missing:
+        if count > kept_count:
+            # Rounded up with closed experts: their gate of zero leaves the result as it is.
             union = union.copy()
-            union[np.flatnonzero(~union)[:missing]] = True
+            union[np.flatnonzero(~union)[: count - kept_count]] = True
         own = Kept(union, gate.device)
         chosen.append(own)
         scales.append(gate.index_select(1, own.index))
