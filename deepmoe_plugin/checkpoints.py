@@ -94,7 +94,8 @@ def check_complete(state_dict: Mapping[str, Any], model: nn.Module, source: str)
     Raises:
         ValueError: tensors are missing or unknown; the message names `source` and the first of them.
     """
-    classifier = f'{model.pretrained_cfg["classifier"]}.'
+    cfg = _pretrained_cfg(model)
+    classifier = f'{cfg["classifier"]}.'
     optional = (classifier, *_OPTIONAL)
     own = {key for key in model.state_dict() if not key.startswith(optional)}
     loaded = {key for key in state_dict if not key.startswith(optional)}
@@ -106,20 +107,27 @@ def check_complete(state_dict: Mapping[str, Any], model: nn.Module, source: str)
         parts = [
             f'{len(keys)} {what}, as {keys[0]}' for what, keys in (('missing', missing), ('unknown', unknown)) if keys
         ]
-        name = model.pretrained_cfg['architecture']
+        name = cfg['architecture']
         raise ValueError(
             f'{source} is not a checkpoint of {name} (tensors: {"; ".join(parts)}): '
             f'give the checkpoint of {name} or of its dense twin.'
         )
 
 
+def _pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    cfg = model.pretrained_cfg
+    assert isinstance(cfg, dict)
+    return cfg
+
+
 def _check_class_count(state_dict: Mapping[str, Any], model: nn.Module, source: str) -> None:
     """timm drops the classifier if `num_classes` of the cfg is not the model's, whatever the checkpoint holds."""
-    weight = state_dict.get(f'{model.pretrained_cfg["classifier"]}.weight')
-    declared = model.pretrained_cfg['num_classes']
+    cfg = _pretrained_cfg(model)
+    weight = state_dict.get(f'{cfg["classifier"]}.weight')
+    declared = cfg['num_classes']
     if weight is None or declared < 0 or len(weight) == declared:
         return
-    if model.num_classes in (len(weight), declared):
+    if getattr(model, 'num_classes', None) in (len(weight), declared):
         raise ValueError(
             f'{source} has a classifier of {len(weight)} classes, but the pretrained cfg says num_classes={declared}: '
             f'add num_classes={len(weight)} to pretrained_cfg_overlay, or -1 to leave the classifier out.'

@@ -78,7 +78,13 @@ def vgg_experts(model: nn.Module) -> tuple[ExpertLayer, ...]:
 
 def expert_widths(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[int]:
     """Number of experts of each gated layer."""
-    return [model.get_submodule(layer.conv).out_channels for layer in layers]
+    return [_conv(model, layer.conv).out_channels for layer in layers]
+
+
+def _conv(model: nn.Module, name: str) -> nn.Conv2d:
+    conv = model.get_submodule(name)
+    assert isinstance(conv, nn.Conv2d)
+    return conv
 
 
 def per_layer(widen: float | Sequence[float], num_layers: int) -> list[float]:
@@ -127,14 +133,14 @@ def widen_experts(
     for layer, factor in zip(layers, per_layer(widen, len(layers)), strict=True):
         if factor == 1:
             continue
-        conv = model.get_submodule(layer.conv)
+        conv = _conv(model, layer.conv)
         width = max(1, round(conv.out_channels * factor))
         model.set_submodule(layer.conv, _resized(conv, conv.in_channels, width))
         if layer.norm:
             dd = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
             model.set_submodule(layer.norm, norm_layer(width, **dd))
         if layer.consumer:
-            consumer = model.get_submodule(layer.consumer)
+            consumer = _conv(model, layer.consumer)
             model.set_submodule(layer.consumer, _resized(consumer, width, consumer.out_channels))
 
 
@@ -142,11 +148,16 @@ def _resized(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(
         in_channels,
         out_channels,
-        conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
+        _pair(conv.kernel_size),
+        stride=_pair(conv.stride),
+        padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
+        dilation=_pair(conv.dilation),
         bias=conv.bias is not None,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    height, width = values
+    return height, width

@@ -92,7 +92,7 @@ class GatingConfig:
 
 
 def _is_width(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 class GatingRecord(NamedTuple):
@@ -253,7 +253,7 @@ class GatingNetwork(nn.Module):
         self.gate_loss_weight = 1.0 if config.gate_loss_weight is None else config.gate_loss_weight
         self.budget_on_macs = config.target_macs is not None
         self.frozen = False
-        self.embedding = ShallowEmbedding(
+        self.embedding: nn.Module = ShallowEmbedding(
             in_chans, config.embedding_channels, config.num_latent_experts, norm_layer=norm_layer, **dd
         )
         self.heads = GateHeads(widths, config.num_latent_experts, **dd)
@@ -275,8 +275,8 @@ class GatingNetwork(nn.Module):
         """Make the embedding classifier predict `num_classes` classes; none without `L_e` or classes."""
         self.classifier = None
         if self.embed_loss_weight > 0 and num_classes > 0 and self.heads.widths:
-            weight = self.embedding.fc.weight
-            self.classifier = nn.Linear(weight.shape[0], num_classes, device=weight.device, dtype=weight.dtype)
+            weight = self.heads.weight
+            self.classifier = nn.Linear(weight.shape[1], num_classes, device=weight.device, dtype=weight.dtype)
 
     def forward(self, x: Tensor) -> List[Tensor]:  # noqa: UP006
         """Map images (B, in_chans, H, W) to gates, one (B, C_l) for each gated layer, non-negative, float32.

@@ -80,7 +80,8 @@ def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCo
     layers = network.expert_layers if network is not None else ()
     writes = {prefix + layer.conv: i for i, layer in enumerate(layers)}
     reads = {prefix + layer.consumer: i for i, layer in enumerate(layers) if layer.consumer}
-    classifier = classifying.get_classifier() if hasattr(classifying, 'get_classifier') else None
+    get_classifier = getattr(classifying, 'get_classifier', None)
+    classifier = get_classifier() if get_classifier is not None else None
     costs: list[ModuleCost] = []
 
     def measure(module: nn.Module, _args: object, output: Tensor) -> None:

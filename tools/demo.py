@@ -29,7 +29,7 @@ from tqdm import tqdm
 import deepmoe_plugin
 
 matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 # A ResNet-8: the CIFAR ResNet-20 with one block in each stage.
 MODEL_ARGS = {'layers': (1, 1, 1), 'in_chans': 1, 'num_classes': 10}

@@ -63,7 +63,7 @@ class GatedBottleneck(Bottleneck):
         """Run the block on `x` (B, C, H, W) with the gates of all layers of the network, each (B, C_l)."""
         shortcut = x
         x = self.bn1(self.conv1(x))
-        if self.gate_inner:  # noqa: SIM108 (TorchScript leaves out only a statement's other branch)
+        if self.gate_inner:
             x = self.act1(x, gates[self.first_gate])
         else:
             x = self.act1(x)

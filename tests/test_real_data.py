@@ -1,0 +1,161 @@
+"""Short training runs on real images. `DEEPMOE_DATA` names a folder with `cifar100/` and `imagenette/`, each an image
+folder with `train/CLASS/*` and `val/CLASS/*`; without it these tests skip."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import ImageDataset
+from torch import Tensor, nn
+
+import deepmoe_plugin
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+class Split(NamedTuple):
+    images: Tensor
+    labels: Tensor
+
+
+class Run(NamedTuple):
+    losses: list[float]
+    top1: float
+    embed_top1: float
+    kept: float
+    class_spread: float
+
+
+def load(name: str, split: str, size: int, per_class: int) -> Split:
+    root = Path(os.environ.get('DEEPMOE_DATA', '')) / name / split
+    if not os.environ.get('DEEPMOE_DATA') or not root.is_dir():
+        pytest.skip(f'DEEPMOE_DATA does not name a folder with {name}/{split}')
+    dataset = ImageDataset(str(root))
+    seen: dict[int, int] = {}
+    images, labels = [], []
+    for index in range(len(dataset)):
+        label = dataset.reader.samples[index][1]
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] <= per_class:
+            image = dataset[index][0].resize((size, size), Image.Resampling.BILINEAR)
+            images.append(np.asarray(image))
+            labels.append(label)
+    return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels))
+
+
+def train(model: nn.Module, data: Split, val: Split, epochs: int, lr: float, batch_size: int = 64) -> Run:
+    torch.manual_seed(0)
+    cfg = model.pretrained_cfg
+    mean, std = (255 * torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ('mean', 'std'))
+
+    def prepare(images: Tensor) -> Tensor:
+        return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+    model.to(memory_format=torch.channels_last)
+    criterion = deepmoe_plugin.DeepMoELoss(model, nn.CrossEntropyLoss())
+    heads = model.gating.heads.weight
+    rest = [parameter for parameter in model.parameters() if parameter is not heads]
+    groups: list[dict[str, Any]] = [{'params': rest, 'weight_decay': 5e-4}, {'params': [heads]}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    steps = epochs * (len(data.labels) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
+    losses = []
+    model.train()
+    for _ in range(epochs):
+        order = torch.randperm(len(data.labels))
+        for batch in order[: len(order) // batch_size * batch_size].split(batch_size):
+            images = data.images[batch]
+            images = images.flip(3) if torch.rand(()) < 0.5 else images
+            pad = images.shape[-1] // 8
+            top, left = torch.randint(2 * pad + 1, (2,)).tolist()
+            images = F.pad(images, (pad, pad, pad, pad))
+            images = images[:, :, top : top + data.images.shape[2], left : left + data.images.shape[3]]
+            loss = criterion(model(prepare(images)), data.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            extra = sum(criterion.terms[name] for name in ('loss_gate', 'loss_embed') if name in criterion.terms)
+            losses.append(loss.item() - float(extra))
+    return validate(model, [prepare(part) for part in val.images.split(250)], val.labels, losses)
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, batches: list[Tensor], labels: Tensor, losses: list[float]) -> Run:
+    model.eval()
+    gating = model.gating
+    hits = torch.cat([model(images).argmax(1) for images in batches]) == labels
+    embed_top1 = 0.0
+    if gating.classifier is not None:
+        logits = torch.cat([gating.classifier(gating.embedding(images)) for images in batches])
+        embed_top1 = (logits.argmax(1) == labels).float().mean().item()
+    stats = deepmoe_plugin.gate_statistics(model, batches)
+    by_class = stats.by_class(labels)
+    run = Run(losses, hits.float().mean().item(), embed_top1, stats.kept_experts, by_class.std(0).mean().item())
+    print(f'{model.pretrained_cfg["architecture"]}: {run._replace(losses=losses[:: max(1, len(losses) // 10)])}')
+    return run
+
+
+@pytest.fixture(scope='module')
+def cifar100() -> tuple[Split, Split]:
+    return load('cifar100', 'train', 32, 100), load('cifar100', 'val', 32, 20)
+
+
+def falls(losses: list[float]) -> bool:
+    tenth = len(losses) // 10
+    return np.mean(losses[-tenth:]) < 0.9 * np.mean(losses[:tenth])
+
+
+@pytest.mark.parametrize(
+    ('name', 'lr', 'weights'),
+    [('wide_deepmoe_resnet20_cifar', 0.1, (0.001, 8.0)), ('narrow_deepmoe_vgg16_cifar', 0.02, (0.001, 8.0))],
+)
+def test_training_on_cifar100(cifar100, name: str, lr: float, weights: tuple[float, float]) -> None:
+    kept = []
+    for weight in weights:
+        torch.manual_seed(0)
+        model = timm.create_model(name, gate_loss_weight=weight, embed_loss_weight=1.0, num_latent_experts=32)
+        run = train(model, *cifar100, epochs=6, lr=lr)
+        kept.append(run.kept)
+        assert falls(run.losses)
+        assert run.embed_top1 > 0.05
+        assert run.top1 > 0.05
+        assert run.kept > 0.02
+    assert kept[1] < kept[0]
+
+
+@pytest.mark.parametrize('target', [{'target_kept': 0.5}, {'target_macs': 0.4}])
+def test_target_is_met_on_cifar100(cifar100, target: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model('wide_deepmoe_resnet20_cifar', embed_loss_weight=1.0, gate_loss_weight=10.0, **target)
+    run = train(model, *cifar100, epochs=8, lr=0.1)
+    spent = run.kept
+    if 'target_macs' in target:
+        table = deepmoe_plugin.macs.MacsTable(model, (32, 32))
+        images = cifar100[1].images.float() / 64 - 2
+        spent = table.spent(deepmoe_plugin.gate_statistics(model, images).kept).mean().item()
+    assert spent == pytest.approx(next(iter(target.values())), abs=0.02)
+    assert run.class_spread > 0.05
+
+
+def test_warm_start_on_imagenette() -> None:
+    data, val = load('imagenette', 'train', 64, 150), load('imagenette', 'val', 64, 50)
+    torch.manual_seed(0)
+    first = timm.create_model('wide_deepmoe_resnet18', num_classes=10, gate_loss_weight=0.0)
+    dense = train(first, data, val, epochs=6, lr=0.05)
+    assert dense.kept == 1
+    base = {key: value for key, value in first.state_dict().items() if not key.startswith('gating.')}
+    model = timm.create_model('wide_deepmoe_resnet18', num_classes=10, embed_loss_weight=1.0, target_kept=0.5)
+    model.load_state_dict(base)
+    model.gating.budget.strength.fill_(30.0)
+    run = train(model, data, val, epochs=10, lr=0.05)
+    assert run.losses[0] < 0.8 * dense.losses[0]
+    assert run.top1 > 0.4
+    assert run.embed_top1 > 0.2
+    assert run.kept < 0.9
