@@ -7,7 +7,8 @@ from small_networks import SMALL, FixedGates, images, randomise, small
 from torch import nn
 
 from deepmoe_plugin import count_macs
-from deepmoe_plugin.macs import GROUPS, MacsTable, kept_experts, module_costs
+from deepmoe_plugin.macs import GROUPS, MacsTable, module_costs
+from deepmoe_plugin.stats import kept_experts
 
 structures = pytest.mark.parametrize('structure', SMALL)
 

@@ -166,10 +166,9 @@ def test_features_only_on_shapes(name):
     outputs = whole(torch.empty(2, 3, size, size, device='meta'))
     assert [out.shape[1] for out in outputs] == whole.feature_info.channels()
     assert [size // out.shape[2] for out in outputs] == whole.feature_info.reduction()
-    for index in range(len(outputs)):
-        single = meta_model(name, features_only=True, out_indices=(index,))
-        (out,) = single(torch.empty(2, 3, size, size, device='meta'))
-        assert out.shape == outputs[index].shape
+    pruned = meta_model(name, features_only=True, out_indices=(1,))
+    (out,) = pruned(torch.empty(2, 3, size, size, device='meta'))
+    assert out.shape == outputs[1].shape
 
 
 @pytest.mark.parametrize('name', AFFORDABLE)
@@ -521,7 +520,7 @@ def test_torchscript(structure):
     torch.testing.assert_close(torch.jit.load(stored)(images()), model(images()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('structure', ['bottleneck_a', 'bottleneck_b', 'cifar', 'vgg'])
+@pytest.mark.parametrize('structure', ['bottleneck_a', 'cifar', 'vgg'])
 def test_compile_forward_and_training_step(structure):
     from deepmoe_plugin import DeepMoELoss
 
