@@ -116,6 +116,18 @@ def test_extreme_gates(structure: str, everywhere: bool, count: int | None) -> N
     assert_exact(with_gates(model, gates), images(2, 40))
 
 
+@pytest.mark.parametrize('structure', STRUCTURES)
+def test_images_that_share_experts(structure: str) -> None:
+    model = network(structure)
+    gates = random_gates(model, 2, 0.3)
+    gates = [torch.cat([gate, 2 * gate, 0.5 * gate[1:]]) for gate in gates]
+    sparse = deepmoe_plugin.sparsify(with_gates(model, gates))
+    plan = deepmoe_plugin.sparse.plan.Plan(gates)
+    partitions = [[group.images for group in plan.groups(segment, 4096)] for segment in segments(sparse.view())]
+    assert [[0, 2], [1, 3, 4]] in partitions
+    assert_exact(model, images(5, 40), sparse)
+
+
 @pytest.mark.parametrize('scale', [1e-6, 1e-3, 1.0, 1e3])
 @pytest.mark.parametrize('structure', STRUCTURES)
 def test_any_gate_scale(structure: str, scale: float) -> None:

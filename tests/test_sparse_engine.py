@@ -173,20 +173,21 @@ def test_what_cannot_run_sparsely_says_so() -> None:
 
 
 @torch.no_grad()
-def test_cache_serves_repeated_gates_and_stays_bounded() -> None:
+@pytest.mark.parametrize('cache_mb', [0.2, 64])
+def test_cache_serves_repeated_gates_and_stays_bounded(cache_mb: float) -> None:
     model = network('bottleneck_a')
     gates = random_gates(model, 1, 0.3)
-    sparse = deepmoe_plugin.sparsify(with_gates(model, gates), cache_mb=0.2)
+    sparse = deepmoe_plugin.sparsify(with_gates(model, gates), cache_mb=cache_mb)
     cache = next(m for m in sparse.view().modules() if hasattr(m, 'convs')).convs[0].cache
     x = images(1, 40)
     for _ in range(3):
         assert_exact(model, x, sparse)
-    assert 0 < cache.size <= 0.2 * 2**20
+    assert 0 < cache.size <= cache_mb * 2**20
     assert cache.size == sum(w.numel() * 4 for w in cache._weights.values())
     for seed in range(20):
         model.gating.gates = random_gates(model, 1, 0.3, seed % 4, scale=1 + seed)
         assert_exact(model, x, sparse)
-        assert cache.size <= 0.2 * 2**20
+        assert cache.size <= cache_mb * 2**20
 
 
 def test_cache_admits_at_the_second_request() -> None:

@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def calibrate(sparse: SparseNetwork, x: Tensor) -> None:
         sparse: its `limits` are set.
         x: images (B, in_chans, H, W).
     """
-    inputs: list[tuple[nn.Module, Tensor]] = []
+    inputs: list[tuple[Any, Tensor]] = []
 
     def remember(module: nn.Module, args: tuple[Tensor, Plan]) -> None:
         inputs.append((module, args[0].clone()))

@@ -44,16 +44,14 @@ class SparseBlock(nn.Module):
         cache: holds gathered weights.
     """
 
-    def __init__(
-        self, block: nn.Module, first: int, gated: Sequence[bool], keeps_input: bool, cache: WeightCache
-    ) -> None:
+    def __init__(self, block: Any, first: int, gated: Sequence[bool], keeps_input: bool, cache: WeightCache) -> None:
         super().__init__()
         count = len(gated) + 1
         convs = [getattr(block, f'conv{i}') for i in range(1, count + 1)]
         self.convs = [GatherConv(conv, getattr(block, f'bn{i}'), cache) for i, conv in enumerate(convs, 1)]
         self.acts = [_activation(getattr(block, f'act{i}')) for i in range(1, count + 1)]
         self.blur = None if isinstance(block.aa, nn.Identity) else block.aa
-        self.attention = block.se
+        self.attention: nn.Module | None = block.se
         self.shortcut = None
         if block.downsample is not None:
             self.shortcut = FoldedSequence(list(flatten([block.downsample])), cache)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 Module = TypeVar('Module', bound=nn.Module)
 
 
-def fold_norm(conv: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+def fold_norm(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
     """Weight (O, I, kh, kw) and bias (O,) of the convolution that computes `norm(conv(x))` with running statistics.
 
     The arithmetic is done in float64, so that folding adds no error of its own.

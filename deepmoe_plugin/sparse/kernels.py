@@ -112,12 +112,12 @@ def _torch_openmp() -> Any:
 def _compile(bits: int) -> Any:
     import llvmlite.binding
     from llvmlite import ir
-    from numba import carray, cfunc, types
-    from numba.extending import intrinsic
+    from numba import carray, cfunc, extending, types
 
     features = llvmlite.binding.get_host_cpu_features()
     if not features.get('avx512f') or (bits == 16 and not features.get('avx512vbmi2')):
         return None
+    intrinsic: Any = extending.intrinsic
     element = ir.IntType(bits)
     vector = ir.VectorType(element, LANES)
 

@@ -90,7 +90,7 @@ class Segment:
         step = self.steps[layer]
         return min(self.widths[layer], max(step, -(-count // step) * step))
 
-    def cost(self, counts: Sequence[int], images: int, positions: int) -> float:
+    def cost(self, counts: Sequence[int] | np.ndarray, images: int, positions: int) -> float:
         """Multiply-accumulates, gathering included, when `counts` experts of each layer are computed."""
         fractions = []
         for layer, width in enumerate(self.widths):
@@ -163,7 +163,7 @@ def _group(segment: Segment, kept: list[np.ndarray], gates: list[Tensor], images
     for layer, (mask, gate) in enumerate(zip(kept, gates, strict=True)):
         if len(images) < len(gate):
             gate = gate[images]
-        union = mask[images[0]] if len(images) == 1 else mask[images].any(0)
+        union = np.logical_or.reduce(mask[images], axis=0)
         kept_count = int(np.count_nonzero(union))
         count = segment.rounded(layer, kept_count)
         if count > segment.limits[layer] * segment.widths[layer]:
