@@ -20,6 +20,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 import deepmoe_plugin
+from deepmoe_plugin.losses import GatingLoss
 from deepmoe_plugin.macs import GATING_GROUPS, GROUPS, MacsTable
 
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs/timm').glob('*.yaml'))
@@ -31,10 +32,9 @@ BASE_GROUPS = [group for group in GROUPS if group not in GATING_GROUPS]
 
 # Options that train.py has defaults for and create_scheduler_v2 needs.
 SCHEDULE_DEFAULTS = {
-    **dict.fromkeys(
-        ('min_lr', 'cooldown_epochs', 'patience_epochs', 'lr_noise', 'warmup_prefix', 'sched_on_updates'), 0
-    ),
+    **dict.fromkeys(('min_lr', 'cooldown_epochs', 'patience_epochs', 'warmup_prefix', 'sched_on_updates'), 0),
     **dict.fromkeys(('warmup_lr', 'lr_cycle_mul', 'lr_cycle_decay', 'lr_cycle_limit', 'lr_k_decay'), 1),
+    'lr_noise': None,
     'decay_rate': 0.1,
     'decay_epochs': 90,
     'decay_milestones': [90],
@@ -105,7 +105,8 @@ def test_model_builds(path: Path) -> None:
     assert config['device_modules'] == ['deepmoe_plugin']
     is_deepmoe = isinstance(model, deepmoe_plugin.DeepMoE)
     assert is_deepmoe == ('deepmoe' in config['model'])
-    assert not is_deepmoe or config['model_kwargs']
+    if is_deepmoe:
+        GatingLoss(model)  # refuses a target that cannot be reached
     expected = ('torch/cifar100', 100, (3, 32, 32)) if path in CIFAR else (None, 1000, (3, 224, 224))
     assert (config.get('dataset'), model.num_classes, model.pretrained_cfg['input_size']) == expected
     assert config['smoothing'] == 0
@@ -161,6 +162,14 @@ def test_table_4(name: str, params: float, gmacs: float, target: float) -> None:
     assert round(base / 1e6, 2) == params
     assert round(dense / 1e9, 3) == gmacs
     assert config['model_kwargs']['target_macs'] * dense / 1e9 == pytest.approx(target, rel=0.005)
+
+
+def test_table_3() -> None:
+    path = next(path for path in CONFIGS if path.stem == 'narrow_deepmoe_resnet50_imagenet')
+    table = MacsTable(build(path), (224, 224))
+    dense, shortcuts = table.dense(BASE_GROUPS), table.dense(('shortcut',))
+    spent = load(path)['model_kwargs']['target_macs'] * dense
+    assert 1 - (spent - shortcuts) / (dense - shortcuts) == pytest.approx(0.568, abs=0.001)
 
 
 def test_shift_of_padded_images_is_exact() -> None:

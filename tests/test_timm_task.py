@@ -215,6 +215,7 @@ def test_ema_copies_follow_the_model() -> None:
     task = ClassificationTask(model, nn.CrossEntropyLoss())
     task(x, y)
     loss = task(x, y)['loss']
+    model(x)
     task.setup_ema(decay=0.5)
     before = model.gating.heads.weight.detach().clone()
     gradients_of(loss, model)
@@ -271,6 +272,7 @@ def test_a_task_that_gets_another_network_trains_that_one() -> None:
     expected = gradients_of(hand_written_j(other, x, y, nn.CrossEntropyLoss()), other)
     task.trainable_module = other
     assert_same(gradients_of(task(x, y)['loss'], other), expected)
+    other(x)
     task.trainable_module = small('cifar', gated=False)
     assert task(x, y).keys() == {'loss', 'output'}
 
