@@ -2,6 +2,8 @@
 
 import gc
 import resource
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import deepmoe_plugin
 from deepmoe_plugin.sparse import SparseNetwork
+from deepmoe_plugin.sparse.calibrate import FRACTIONS, _is_faster
 from deepmoe_plugin.sparse.conv import GatherConv, WeightCache
 from deepmoe_plugin.sparse.engine import segments
 from deepmoe_plugin.sparse.kernels import LANES, bit_words, compact_kernel
@@ -221,18 +224,36 @@ def test_memory_does_not_grow() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('is_faster', [True, False])
 @pytest.mark.parametrize('structure', ['bottleneck_a', 'vgg'])
-def test_calibration_chooses_for_each_layer(structure: str) -> None:
+def test_calibration_chooses_what_is_faster(structure: str, is_faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(candidate: Callable[[], object], current: Callable[[], object]) -> bool:
+        candidate()
+        current()
+        return is_faster
+
+    monkeypatch.setattr('deepmoe_plugin.sparse.calibrate._is_faster', timed)
     model = network(structure)
-    x = images(1, 48)
-    sparse = deepmoe_plugin.sparsify(model, calibrate=x)
-    assert set(sparse.limits) == set(range(len(model.expert_layers)))
-    assert all(0 <= limit < 1 for limit in sparse.limits.values())
-    chosen = [limit for segment in segments(sparse.view()) for limit in segment.limits]
-    assert chosen == [sparse.limits[layer] for layer in range(len(chosen))]
-    assert_exact(model, images(3, 48), sparse)
-    _train_step(model)
-    assert [limit for segment in segments(sparse.view()) for limit in segment.limits] == chosen
+    sparse = deepmoe_plugin.sparsify(model, calibrate=images(1, 48))
+    expected = FRACTIONS[-1] + 1e-6 if is_faster else 0
+    assert sparse.limits == pytest.approx(dict.fromkeys(range(len(model.expert_layers)), expected))
+    assert sparse.masked is not is_faster
+    for _ in range(2):
+        limits = [limit for segment in segments(sparse.view()) for limit in segment.limits]
+        assert limits == (list(sparse.limits.values()) if is_faster else [])
+        assert_exact(model, images(3, 48), sparse)
+        _train_step(model)
+
+
+def test_calibration_needs_a_clear_win() -> None:
+    def slow() -> None:
+        time.sleep(0.004)
+
+    def fast() -> None:
+        time.sleep(0.001)
+
+    assert _is_faster(fast, slow)
+    assert not _is_faster(slow, fast)
 
 
 @pytest.mark.parametrize('limit', [0.0, 1.0])

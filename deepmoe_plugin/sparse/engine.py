@@ -294,6 +294,10 @@ class SparseNetwork(nn.Module):
     Args:
         network: stays as it is and shares its weights with this module.
         cache_mb: MiB of gathered weights kept for gates that come again.
+
+    Attributes:
+        limits: gated layer to the largest kept fraction for which it runs on compact weights; by calibration.
+        masked: run the masked network instead, which calibration found faster.
     """
 
     def __init__(self, network: DeepMoE, cache_mb: float = 128) -> None:
@@ -301,6 +305,7 @@ class SparseNetwork(nn.Module):
         self.network = network
         self.cache_mb = cache_mb
         self.limits: dict[int, float] = {}
+        self.masked = False
         self._lock = threading.Lock()
         self._current: tuple[Any, Callable[[], bool]] | None = None
         self.training = False
@@ -322,6 +327,9 @@ class SparseNetwork(nn.Module):
     def refresh(self) -> None:
         """Read the network's weights anew."""
         unchanged = fingerprint(self.network)
+        if self.masked:
+            self._current = (eval_view(self.network), unchanged)
+            return
         cache = WeightCache(int(self.cache_mb * 2**20))
         build = sparse_vgg if hasattr(self.network, 'features') else sparse_resnet
         view = build(self.network, cache)
@@ -364,7 +372,7 @@ class SparseNetwork(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'SparseNetwork':
         twin = SparseNetwork(copy.deepcopy(self.network, memo), self.cache_mb)
-        twin.limits = dict(self.limits)
+        twin.limits, twin.masked = dict(self.limits), self.masked
         twin.refresh()
         return twin
 
