@@ -288,6 +288,7 @@ class SparseNetwork(nn.Module):
 
     Calls, `forward_features`, `forward_intermediates`, `forward_head` and every attribute are those of the network.
     Always in evaluation mode, whatever mode the network is in; no gradients. Any number of threads may use it.
+    `torch.compile` leaves it as it is.
     Changes of the network (a training step, `load_state_dict`, `.to`, another classifier) are noticed at the next
     call, which then folds anew. Only changes through `.data` go unnoticed: call `refresh` after them.
 
@@ -312,7 +313,16 @@ class SparseNetwork(nn.Module):
         self.view()
 
     def view(self) -> Any:
-        """The network's view that runs sparsely, folded anew if the network has changed."""
+        """The network's view that runs sparsely, folded anew if the network has changed.
+
+        Raises:
+            RuntimeError: called during export.
+        """
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                'Sparse execution chooses shapes by the gates of each image, which no graph can hold. Export the '
+                'network itself: it runs masked.'
+            )
         current = self._current
         if current is not None and current[1]():
             return current[0]
@@ -338,21 +348,25 @@ class SparseNetwork(nn.Module):
                 segment.limits[layer] = self.limits.get(segment.first + layer, segment.limits[layer])
         self._current = (view, unchanged)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the network returns in evaluation mode, to float rounding."""
         return self.view().forward(x, *args, **kwargs)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features, all channels."""
         return self.view().forward_features(x)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (or pooled features with `pre_logits=True`) of the unpooled features."""
         return self.view().forward_head(x, *args, **kwargs)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Features at several depths; see the network for the arguments."""
