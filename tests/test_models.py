@@ -174,7 +174,7 @@ def test_features_only_on_shapes(name):
 @pytest.mark.parametrize('name', AFFORDABLE)
 def test_forward_and_backward(name):
     model = timm.create_model(name, num_classes=7)
-    x = images(size=32 if 'cifar' in name else 64)
+    x = images(size=32)
     output = model(x)
     assert output.shape == (2, 7)
     assert output.isfinite().all()
