@@ -182,8 +182,8 @@ class GateBudget(nn.Module):
 
     Gates move at a speed proportional to lambda, so a lambda proportional to the remaining error approaches the
     target; below the target it is negative and lifts the gates again, closed ones included. The factor, `strength`,
-    finds its own scale: it grows while the error is outside the tolerance, and halves each time the error changes
-    sign after having been outside. All of it is saved with the model.
+    finds its own scale: it grows while the running average of the error is outside the tolerance, and shrinks each
+    time that average changes sign after having been outside. All of it is saved with the model.
 
     Args:
         target: fraction to settle at.
@@ -191,8 +191,9 @@ class GateBudget(nn.Module):
     """
 
     growth = 0.01
-    shrink = 0.5
+    shrink = 0.7
     tolerance = 0.01
+    momentum = 0.95
 
     def __init__(self, target: float, strength: float, device: Any = None) -> None:
         super().__init__()
@@ -212,12 +213,13 @@ class GateBudget(nn.Module):
             torch.distributed.all_reduce(spent)
             spent = spent / torch.distributed.get_world_size()
         error = spent.to(self.strength.dtype) - self.target
-        crossed = error * self.error < 0
+        average = torch.lerp(error, self.error, self.momentum)
+        crossed = average * self.error < 0
         overshot = crossed & (self.peak > 2 * self.tolerance)
         self.strength.mul_(torch.where(overshot, self.shrink, 1.0))
-        self.strength.mul_(torch.where(error.abs() > self.tolerance, 1 + self.growth, 1.0))
-        self.peak.copy_(torch.where(crossed, error.abs(), torch.maximum(self.peak, error.abs())))
-        self.error.copy_(error)
+        self.strength.mul_(torch.where(average.abs() > self.tolerance, 1 + self.growth, 1.0))
+        self.peak.copy_(torch.where(crossed, average.abs(), torch.maximum(self.peak, average.abs())))
+        self.error.copy_(average)
         return self.strength * error / (1 - self.target)
 
 
@@ -318,8 +320,8 @@ class GatingNetwork(nn.Module):
             preact = self.heads(mixture.detach())
         logits = None
         if self.classifier is not None:
-            # The length of e lies between 1/sqrt(K) and 1; scaled by sqrt(K), ordinary learning rates suit both ends.
-            scaled = mixture * math.sqrt(mixture.shape[1])
+            # Mixture weights average 1/K; scaled to average 1 they train the classifier at ordinary learning rates.
+            scaled = mixture * mixture.shape[1]
             logits = self.classifier(scaled.to(self.classifier.weight.dtype))
         self._record = GatingRecord(preact, logits)
 

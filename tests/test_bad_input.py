@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from small_networks import images, randomise, small
+from timm.models.resnet import Bottleneck
 from torch import nn
 
 from deepmoe_plugin import count_macs
@@ -55,6 +56,7 @@ VGG = 'vgg_cifar'
         (VGG, dict(widen=[1, 0, 1]), ('widen', 'positive')),
         (BOTTLENECK, dict(bottleneck='C'), ('bottleneck', "'A' or 'B'", "'C'")),
         (RESNET, dict(bottleneck='B'), ('bottleneck', 'basic blocks')),
+        (CIFAR, dict(block=Bottleneck), ('small_images', 'block=BasicBlock')),
         (RESNET, dict(base_width=128), ('base_width', 'widen')),
         (BOTTLENECK, dict(cardinality=32), ('cardinality', 'widen')),
         (BOTTLENECK, dict(channels=(8, 8, 8, 8)), ('channels', 'widen')),

@@ -138,6 +138,10 @@ class WideResNet(ResNet):
         if small_images and kwargs.get('output_stride', 32) != 32:
             raise ValueError('output_stride cannot be changed with small_images=True.')
         block_experts(block, bottleneck)
+        if small_images and not issubclass(block, BasicBlock):
+            raise ValueError(
+                'small_images=True needs block=BasicBlock: its shortcuts cannot change the width fourfold.'
+            )
         channels = (16, 32, 64) if small_images else (64, 128, 256, 512)
         if len(layers) != len(channels) or min(layers) < 1:
             raise ValueError(f'layers must be {len(channels)} numbers of blocks, each at least 1, got {tuple(layers)}.')
