@@ -61,7 +61,7 @@ class GatedActivation(nn.Module):
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
         self.act = act
-        self.is_relu = isinstance(act, nn.ReLU)
+        self.is_relu = type(act) is nn.ReLU  # a subclass may do anything
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Map `(B, C, H, W)` and gates `(B, C)` to the gated `(B, C, H, W)`; overwrites `x`."""

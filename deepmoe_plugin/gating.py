@@ -130,6 +130,8 @@ class ShallowEmbedding(nn.Module):
             layers.append(nn.Sequential(layer))
         self.layers = nn.Sequential(*layers)
         self.fc = nn.Linear(channels[-1], num_latent_experts, **dd)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to latent mixture weights (B, K), positive and summing to one."""
@@ -140,8 +142,10 @@ class ShallowEmbedding(nn.Module):
 class GateHeads(nn.Module):
     """One linear gate head per gated layer, kept as rows of a single matrix so that all gates cost one product.
 
-    `weight` has shape (N, K): the rows of gated layer l follow those of layer l - 1. It starts at exactly one;
-    as the mixture weights sum to one, all gates then are one and the network is its dense base.
+    `weight` has shape (N, K): the rows of gated layer l follow those of layer l - 1. Rows start at random around one,
+    with a mean of exactly one; as the embedding starts at the even mixture, 1/K for every image, all gates then are one
+    and the network is its dense base. The spread lets the experts part ways as soon as the mixtures of images do:
+    from equal rows, the L1 norm drives all gates shut at once, and no gradient reaches the embedding.
 
     Args:
         widths: experts of each gated layer, in the order in which the network runs them.
@@ -150,7 +154,12 @@ class GateHeads(nn.Module):
     def __init__(self, widths: Sequence[int], num_latent_experts: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.widths: List[int] = [int(width) for width in widths]  # noqa: UP006
-        self.weight = nn.Parameter(torch.ones(sum(self.widths), num_latent_experts, device=device, dtype=dtype))
+        # Steps of 1/64, in pairs of opposite sign, add up to zero without rounding, in bfloat16 too.
+        spread = torch.randn(sum(self.widths), num_latent_experts // 2, device=device, dtype=torch.float32)
+        spread = (spread / 2).clamp(-1, 1).mul(64).round() / 64
+        spread = torch.cat([spread, -spread, spread.new_zeros(len(spread), num_latent_experts % 2)], dim=1)
+        spread = spread.gather(1, torch.rand_like(spread).argsort(dim=1))
+        self.weight = nn.Parameter((1 + spread).to(dtype or torch.get_default_dtype()))
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Map mixture weights (B, K) to `W e`, shape (B, N), at least in float32 whatever autocast says."""
