@@ -20,6 +20,8 @@ def gating(widths=(4, 6), **kwargs):
 
 def test_latent_mixture_weights_are_a_softmax():
     embedding = ShallowEmbedding(3, (4, 8), 6)
+    torch.testing.assert_close(embedding(images(5)), torch.full((5, 6), 1 / 6))
+    nn.init.normal_(embedding.fc.weight)
     mixture = embedding(images(5))
     assert mixture.shape == (5, 6)
     assert (mixture > 0).all()
@@ -53,8 +55,15 @@ def test_gates_are_the_relu_of_a_linear_map_of_the_mixture_without_bias():
     assert [name for name, _ in network.heads.named_parameters()] == ['weight']
 
 
-def test_heads_start_at_one():
-    torch.testing.assert_close(GateHeads((3, 2), 4).weight, torch.ones(5, 4), rtol=0, atol=0)
+@pytest.mark.parametrize('num_latent_experts', [1, 4, 7, 64])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_heads_start_spread_around_one(num_latent_experts, dtype):
+    weight = GateHeads((300, 200), num_latent_experts, dtype=dtype).weight.detach().double()
+    assert torch.equal(weight.sum(1), torch.full((500,), num_latent_experts, dtype=torch.float64))
+    assert weight.min() >= 0
+    if num_latent_experts > 1:
+        assert 0.3 < weight.std() < 0.6
+        assert len(weight.unique(dim=0)) > 100
 
 
 def test_gates_stay_float32_in_a_half_precision_network():
