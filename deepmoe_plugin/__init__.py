@@ -1,4 +1,4 @@
-"""DeepMoE (deep mixture of experts via shallow embedding) for timm and MMSegmentation.
+"""DeepMoE (deep mixture of experts via shallow embedding) for timm.
 
 Importing this package registers its models with timm and lets timm's training tasks optimise the DeepMoE objective.
 """

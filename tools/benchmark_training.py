@@ -2,7 +2,7 @@
 
 Both networks have the same widths and are timed in one process, step by step in turn; the ratio is the median over
 the pairs of steps. Peak memory is measured in a process of its own for each network: the device's allocator peak on
-CUDA, the growth of the resident set during the second step on a CPU.
+CUDA, the growth of the peak resident set over two steps on a CPU.
 """
 
 import argparse
