@@ -38,7 +38,7 @@ def build_with_checks(model_cls: Callable[..., nn.Module], variant: str, pretrai
         pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'),
     )
     source = 'pretrained_cfg state_dict'
-    if cfg.file and not cfg.state_dict:
+    if cfg.file and not cfg.state_dict and cfg.source != 'local-dir':  # timm chooses the file in a folder
         check_readable(cfg.file)
         source = str(cfg.file)
     keeps_classifier = not kwargs.get('features_only')

@@ -5,7 +5,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from small_networks import images, randomise, small
-from timm.models import load_checkpoint
+from timm.models import load_checkpoint, save_for_hf
 
 STRUCTURES = ['basic', 'bottleneck_a', 'cifar', 'vgg', 'vgg_cifar']
 structures = pytest.mark.parametrize('structure', STRUCTURES)
@@ -180,3 +180,11 @@ def test_checkpoint_of_pruned_features_loads_again(tmp_path):
     twin = small('cifar', features_only=True, out_indices=(0, 1))
     twin.load_state_dict(pruned.state_dict())
     torch.testing.assert_close(twin.eval()(images()), pruned.eval()(images()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('safe', [True, False])
+def test_folder_saved_by_timm(safe, tmp_path):
+    model = randomise(small('bottleneck_a', num_classes=7)).eval()
+    save_for_hf(model, str(tmp_path / 'saved'), safe_serialization=safe)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
+    assert torch.equal(loaded(images()), model(images()))

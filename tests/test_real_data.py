@@ -117,18 +117,18 @@ def falls(losses: list[float]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ('name', 'lr', 'weights'),
-    [('wide_deepmoe_resnet20_cifar', 0.1, (0.001, 8.0)), ('narrow_deepmoe_vgg16_cifar', 0.02, (0.001, 8.0))],
+    ('name', 'lr', 'epochs', 'batch_size'),
+    [('wide_deepmoe_resnet20_cifar', 0.1, 6, 64), ('narrow_deepmoe_vgg16_cifar', 0.02, 3, 32)],
 )
-def test_training_on_cifar100(cifar100, name: str, lr: float, weights: tuple[float, float]) -> None:
+def test_training_on_cifar100(cifar100, name: str, lr: float, epochs: int, batch_size: int) -> None:
     kept = []
-    for weight in weights:
+    for weight in (0.001, 8.0):
         torch.manual_seed(0)
         model = timm.create_model(name, gate_loss_weight=weight, embed_loss_weight=1.0, num_latent_experts=32)
-        run = train(model, *cifar100, epochs=6, lr=lr)
+        run = train(model, *cifar100, epochs, lr, batch_size)
         kept.append(run.kept)
         assert falls(run.losses)
-        assert run.embed_top1 > 0.05
+        assert run.embed_top1 > 0.03  # chance is 0.01, its standard deviation 0.002
         assert run.top1 > 0.05
         assert run.kept > 0.02
     assert kept[1] < kept[0]

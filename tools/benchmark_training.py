@@ -1,21 +1,24 @@
 """What gating costs in training: step time and peak memory of a DeepMoE network against the same network without gates.
 
 Both networks have the same widths and are timed in one process, step by step in turn; the ratio is the median over
-the pairs of steps. Peak memory is measured in a process of its own for each network: the device's allocator peak on
-CUDA, the growth of the peak resident set over two steps on a CPU.
+the pairs of steps. Peak memory is that of torch's allocator (weights, gradients and optimizer state included), measured
+over two steps in a process of its own for each network.
 """
 
 import argparse
+import json
 import multiprocessing
 import platform
-import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import timm
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from tqdm import trange
 
 import deepmoe_plugin
@@ -101,17 +104,22 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 
 def peak_memory(args: argparse.Namespace, gated: bool) -> float:
-    """Peak memory of training in MiB, weights, gradients and optimizer state included on CUDA."""
-    step = training_step(args, gated)
+    """Peak memory of training in MiB: the most that torch's allocator has handed out at one time."""
     if args.device == 'cuda':
+        step = training_step(args, gated)
         step()
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step()
-    step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step = training_step(args, gated)
+        step()
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, 'trace.json')
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())['traceEvents']
+    return max(event['args']['Total Allocated'] for event in events if event['name'] == '[memory]') / 2**20
 
 
 if __name__ == '__main__':
