@@ -11,6 +11,7 @@ from .losses import DeepMoELoss
 from .macs import MacsReport, count_macs
 from .models import deepmoe_resnet, deepmoe_vgg
 from .network import DeepMoE, find_deepmoe, freeze_gating, unfreeze_gating
+from .pruning import Pruning, prune
 from .stats import GateStatistics, gate_statistics
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     'GateStatistics',
     'GatingConfig',
     'MacsReport',
+    'Pruning',
     'count_macs',
     'deepmoe_resnet',
     'deepmoe_vgg',
     'find_deepmoe',
     'freeze_gating',
     'gate_statistics',
+    'prune',
     'sparsify',
     'unfreeze_gating',
 ]
