@@ -10,9 +10,6 @@ from .checkpoints import adapt_checkpoint
 from .experts import ExpertLayer, expert_widths
 from .gating import GatingConfig, GatingNetwork
 
-if TYPE_CHECKING:
-    from .pruning import Pruning
-
 
 class DeepMoE(nn.Module):
     """Mixin that adds a gating network to a base network of timm.
@@ -23,14 +20,12 @@ class DeepMoE(nn.Module):
         gating: maps images (B, C, H, W) to one gate tensor (B, C_l) for each gated layer.
         expert_layers: where the gates sit, in the order of the gates.
         pretrained_cfg: timm's description of the network.
-        pruning: what `prune` did; only the network that it returns has it.
     """
 
     if TYPE_CHECKING:  # TorchScript would try to compile these annotations
         gating: GatingNetwork
         expert_layers: tuple[ExpertLayer, ...]
         pretrained_cfg: dict[str, Any]
-        pruning: 'Pruning'
 
     @torch.jit.ignore
     def add_gating(

@@ -1,7 +1,7 @@
 """`deepmoe_plugin.prune`: static specialisation, for runtimes with fixed shapes (ONNX, TensorRT)."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -67,7 +67,7 @@ def prune(model: nn.Module, loader: Iterable[Batch], tolerance: float = 0.0) -> 
     smaller.load_state_dict(_slice(model.state_dict(), model.expert_layers, kept))
     smaller.eval()
     top1 = (_top1(model, loader), _top1(smaller, loader)) if tolerance else (None, None)
-    smaller.pruning = Pruning(stats.widths, tuple(len(index) for index in kept), *top1)
+    cast(Any, smaller).pruning = Pruning(stats.widths, tuple(len(index) for index in kept), *top1)
     return smaller
 
 
