@@ -2,14 +2,17 @@
 
 All variants run in one process, one after the other in every repetition, on the same images and gates. Each
 repetition draws new gates, so that no gathered weight is used twice. Norms are folded in every variant, and each plain
-network runs in the memory format that suits it best.
+network runs in the memory format that suits it best. Gates are random ones at an exact fraction, without the time of
+the gating network, or those that a trained checkpoint gives to real images, with it.
 
     python tools/benchmark.py wide_deepmoe_resnet50 --kept 0.5 --out results/resnet50
+    python tools/benchmark.py wide_deepmoe_resnet50 --checkpoint model_best.pth.tar --images imagenet/val
 """
 
 import argparse
 import copy
 import csv
+import itertools
 import json
 import platform
 import statistics
@@ -20,6 +23,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -39,17 +43,23 @@ VARIANTS = {
 
 
 class SyntheticGates(nn.Module):
-    """Stands in for a gating network: random experts, an exact fraction of every layer, different for each image."""
+    """Stands in for a gating network: random experts, an exact fraction of every layer, different for each image.
 
-    def __init__(self, widths: list[int], batch: int, kept: float, dtype: torch.dtype, device: torch.device) -> None:
+    Attributes:
+        images: the batch (B, in_chans, H, W) that all variants run on until the next `draw`.
+        counts: experts that a thin network of the same cost has in each layer.
+    """
+
+    def __init__(self, widths: list[int], images: Tensor, kept: float) -> None:
         super().__init__()
-        self.widths, self.batch, self.dtype, self.device = widths, batch, dtype, device
-        self.counts = [kept_count(width, kept) for width in widths]
+        self.widths, self.images = widths, images
+        self.batch, self.device = len(images), images.device
+        self.counts = [min(width, round(width * kept)) for width in widths]
         self.current: list[Tensor] = []
         self.draw()
 
     def draw(self) -> None:
-        """Choose the experts of the next call."""
+        """Choose the experts of the next repetition."""
         gates = []
         for width, count in zip(self.widths, self.counts, strict=True):
             chosen = torch.rand(self.batch, width).argsort(1).argsort(1) < count
@@ -60,8 +70,31 @@ class SyntheticGates(nn.Module):
         return list(self.current)
 
 
-def kept_count(width: int, kept: float) -> int:
-    return min(width, max(0, round(width * kept)))
+class RealGates:
+    """Batches of images whose gates the model itself computes; attributes as those of `SyntheticGates`."""
+
+    def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
+        self.batches = itertools.cycle(batches)
+        self.stats = deepmoe_plugin.gate_statistics(model, batches)
+        by_layer = zip(self.stats.widths, self.stats.by_layer().values(), strict=True)
+        self.counts = [round(width * kept) for width, kept in by_layer]
+        self.draw()
+
+    def draw(self) -> None:
+        """Go on to the next batch."""
+        self.images = next(self.batches)
+
+
+def load_images(model: nn.Module, args: argparse.Namespace) -> list[Tensor]:
+    """As many batches of real images as there are repetitions, prepared as timm does for this model."""
+    config = resolve_data_config({'input_size': (model.in_chans, *args.size)}, model=model)
+    dataset = create_dataset('', root=args.images, transform=create_transform(**config))
+    if len(dataset) < args.batch:
+        raise SystemExit(f'--images {args.images} holds {len(dataset)} images, fewer than --batch {args.batch}.')
+    wanted = args.batch * min(args.repeats, len(dataset) // args.batch)
+    chosen = torch.randperm(len(dataset))[:wanted].tolist()
+    images = torch.stack([dataset[i][0] for i in tqdm(chosen, desc='images')])
+    return list(images.to(args.device, DTYPES[args.dtype]).split(args.batch))
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -79,17 +112,19 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def best_format(model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor, str]:
-    """The model and its input in the faster of both memory formats."""
+FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
+
+
+def best_format(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
+    """The model in the faster of both memory formats."""
     timed = []
-    for name, memory_format in (('nchw', torch.contiguous_format), ('nhwc', torch.channels_last)):
+    for name, memory_format in FORMATS.items():
         candidate = copy.deepcopy(model).to(memory_format=memory_format)
         images = x.contiguous(memory_format=memory_format)
-        timed.append(
-            (min(measure(lambda m=candidate, i=images: m(i), 'wall') for _ in range(4)), name, candidate, images)
-        )
-    _, name, candidate, images = min(timed, key=lambda entry: entry[0])
-    return candidate, images, name
+        seconds = min(measure(lambda m=candidate, i=images: m(i), 'wall') for _ in range(4))
+        timed.append((seconds, name, candidate))
+    _, name, candidate = min(timed, key=lambda entry: entry[0])
+    return candidate, name
 
 
 def measure(function: Callable[[], Any], clock: str) -> float:
@@ -104,33 +139,50 @@ def measure(function: Callable[[], Any], clock: str) -> float:
     return now() - start
 
 
-def build(args: argparse.Namespace, kept: float) -> tuple[dict[str, Callable[[], Any]], SyntheticGates, dict[str, Any]]:
-    """The variants as functions of nothing, the gates that they share, and facts about them."""
+def build(
+    args: argparse.Namespace, kept: float | None
+) -> tuple[dict[str, Callable[[], Callable[[], Any]]], SyntheticGates | RealGates, dict[str, Any]]:
+    """The variants, the gates that they share, and facts about them.
+
+    A variant prepares the images of the current draw, which is not timed, and returns the function to time.
+    """
     dtype, device = DTYPES[args.dtype], torch.device(args.device)
     make = dict(num_classes=args.num_classes, device=device)
     height, width = args.size
-    x = torch.randn(args.batch, 3, height, width, device=device, dtype=dtype)
-    model = timm.create_model(args.model, **make).to(dtype).eval()
+    model = timm.create_model(args.model, checkpoint_path=args.checkpoint or '', **make).to(dtype).eval()
+    if not isinstance(model, deepmoe_plugin.DeepMoE):
+        raise SystemExit(f'{args.model} has no gates: choose a deepmoe model.')
     widths = expert_widths(model, model.expert_layers)
-    gates = SyntheticGates(widths, args.batch, kept, dtype, device)
-    model.gating = gates
+    gates: SyntheticGates | RealGates
+    if kept is None:
+        gates = RealGates(model, load_images(model, args))
+    else:
+        x = torch.randn(args.batch, model.in_chans, height, width, device=device, dtype=dtype)
+        gates = model.gating = SyntheticGates(widths, x, kept)
     plain = timm.create_model(args.model, gated=False, widen=1, **make).to(dtype).eval()
     base_widths = expert_widths(plain, plain.expert_layers)
     factors = [max(1, n) / base for n, base in zip(gates.counts, base_widths, strict=True)]
     table = MacsTable(plain, (height, width))
     facts: dict[str, Any] = {'base_gmacs': table.dense() / 1e9}
-    functions: dict[str, Callable[[], Any]] = {}
+    functions: dict[str, Callable[[], Callable[[], Any]]] = {}
 
     def add(name: str, network: nn.Module, tune: bool = True) -> None:
-        images = x
+        memory_format = torch.preserve_format
         if tune:
-            network, images, facts[f'{name}_format'] = best_format(network, x)
-        functions[name] = lambda: network(images)
+            network, facts[f'{name}_format'] = best_format(network, gates.images)
+            memory_format = FORMATS[facts[f'{name}_format']]
+
+        def prepare() -> Callable[[], Any]:
+            images = gates.images.clone(memory_format=memory_format)
+            return lambda: network(images)
+
+        functions[name] = prepare
 
     if 'masked' in args.variants:
         add('masked', folded(model))
     if 'sparse' in args.variants:
         gates.draw()
+        x = gates.images
         sparse = deepmoe_plugin.sparsify(model, calibrate=x if args.calibrate else None, cache_mb=0)
         add('sparse', sparse, tune=False)
     if 'thin' in args.variants:
@@ -139,21 +191,23 @@ def build(args: argparse.Namespace, kept: float) -> tuple[dict[str, Callable[[],
         add('thin', folded(thin))
     if 'thin_fused' in args.variants:
         thin = timm.create_model(args.model, widen=factors, **make).to(dtype).eval()
-        thin.gating = SyntheticGates([max(1, n) for n in gates.counts], args.batch, 1, dtype, device)
+        thin.gating = SyntheticGates([max(1, n) for n in gates.counts], gates.images, 1)
         add('thin_fused', deepmoe_plugin.sparsify(thin), tune=False)
     if 'base' in args.variants:
         add('base', folded(plain))
     return functions, gates, facts
 
 
-def run(args: argparse.Namespace, kept: float) -> dict[str, Any]:
-    """Time all variants at one fraction of kept experts."""
+def run(args: argparse.Namespace, kept: float | None) -> dict[str, Any]:
+    """Time all variants at one fraction of kept experts, or with the gates of real images (None)."""
     functions, gates, facts = build(args, kept)
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for repetition in tqdm(range(-args.warmup, args.repeats), desc=f'{args.model} kept {kept:g}'):
+    if isinstance(gates, RealGates):
+        kept = gates.stats.kept_experts
+    for repetition in tqdm(range(-args.warmup, args.repeats), desc=f'{args.model} kept {kept:.3g}'):
         gates.draw()
-        for name, function in functions.items():
-            seconds = measure(function, args.clock)
+        for name, prepare in functions.items():
+            seconds = measure(prepare(), args.clock)
             if repetition >= 0:
                 times[name].append(seconds)
     row: dict[str, Any] = {
@@ -178,7 +232,8 @@ def run(args: argparse.Namespace, kept: float) -> dict[str, Any]:
 def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print the table; with `--out`, write it with what it was measured on, and a plot."""
     for row in rows:
-        setting = ', '.join(f'{key} {row[key]}' for key in ('size', 'batch', 'dtype', 'threads', 'kept'))
+        setting = ', '.join(f'{key} {row[key]}' for key in ('size', 'batch', 'dtype', 'threads'))
+        setting += f', kept {row["kept"]:.3g}'
         print(f'\n{row["model"]}: {setting}')
         for name, label in VARIANTS.items():
             if f'{name}_ms' in row:
@@ -245,8 +300,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, help='threads of torch (default: its own choice)')
     parser.add_argument(
-        '--kept', type=float, nargs='+', default=[0.5], help='fraction(s) of experts kept in each layer'
+        '--kept', type=float, nargs='+', help='fraction(s) of experts kept in each layer (default: 0.5)'
     )
+    parser.add_argument('--checkpoint', help='trained weights of the model; needs --images')
+    parser.add_argument('--images', help='folder of images (any depth) whose gates to use; needs --checkpoint')
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument('--calibrate', action='store_true', help='let sparsify time both ways of every layer first')
     parser.add_argument('--repeats', type=int, default=15)
@@ -259,8 +316,12 @@ def parse_args() -> argparse.Namespace:
     args.size = args.size * 2 if len(args.size) == 1 else args.size
     if len(args.size) != 2:
         parser.error('--size takes one or two numbers')
-    if any(not 0 <= kept <= 1 for kept in args.kept):
+    if args.kept and any(not 0 <= kept <= 1 for kept in args.kept):
         parser.error('--kept takes fractions between 0 and 1')
+    if bool(args.checkpoint) != bool(args.images):
+        parser.error('--checkpoint and --images go together: the trained gates and the images that they see')
+    if args.checkpoint and args.kept:
+        parser.error('--kept makes random gates, --checkpoint brings its own: give one of them')
     return args
 
 
@@ -270,7 +331,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    report(args, [run(args, kept) for kept in args.kept])
+    fractions = [None] if args.checkpoint else args.kept or [0.5]
+    report(args, [run(args, kept) for kept in fractions])
 
 
 if __name__ == '__main__':

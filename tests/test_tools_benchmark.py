@@ -1,0 +1,68 @@
+"""tools/benchmark.py with random gates, with the gates of a checkpoint, and with wrong arguments."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from small_networks import randomise
+
+ROOT = Path(__file__).parents[1]
+MODEL = ('wide_deepmoe_resnet20_cifar', '--size', '32', '--num-classes', '10', '--repeats', '2', '--warmup', '1')
+
+
+def benchmark(*args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_random_gates(tmp_path):
+    done = benchmark(*MODEL, '--kept', '0.25', '0.75', '--batch', '2', '--out', str(tmp_path / 'result'))
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / 'result.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row['kept']) for row in rows] == [0.25, 0.75]
+    for row in rows:
+        times = [float(row[f'{name}_ms']) for name in ('masked', 'sparse', 'thin', 'thin_fused', 'base')]
+        assert min(times) > 0
+        assert float(row['speedup']) > 0
+    assert float(rows[0]['thin_gmacs']) < float(rows[1]['thin_gmacs'])
+    setting = json.loads((tmp_path / 'result.json').read_text())['setting']
+    assert setting['torch'] == torch.__version__
+    assert Image.open(tmp_path / 'result.png').width > 100
+
+
+def test_gates_of_a_checkpoint(tmp_path):
+    model = randomise(timm.create_model(MODEL[0], num_classes=10))
+    torch.save(model.state_dict(), tmp_path / 'model.pth')
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        (tmp_path / 'images' / str(i)).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / 'images' / str(i) / '0.png')
+    trained = ('--checkpoint', str(tmp_path / 'model.pth'), '--images', str(tmp_path / 'images'))
+    done = benchmark(*MODEL, *trained, '--out', str(tmp_path / 'result'))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / 'result.json').read_text())['rows']
+    assert 0 < row['kept'] < 1
+    assert row['speedup'] > 0
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (('--kept', '1.5'), '--kept'),
+        (('--size', '1', '2', '3'), '--size'),
+        (('--checkpoint', 'model.pth'), '--images'),
+        (('--checkpoint', 'model.pth', '--images', 'x', '--kept', '0.5'), '--kept'),
+    ],
+)
+def test_wrong_arguments(args, message):
+    done = benchmark('wide_deepmoe_resnet20_cifar', *args)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
