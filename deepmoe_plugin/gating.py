@@ -32,7 +32,8 @@ class GatingConfig:
     num_latent_experts: int = 64
     """K, length of the latent mixture weights `e`."""
     gate_loss_weight: float | None = None
-    """lambda of Eq. 7; 1 by default, 0 when gating is frozen. With a target: its initial value."""
+    """lambda of Eq. 7; 1 by default, 0 when gating is frozen. With a target: its initial value, by default one that
+    moves a gate by 1 in about 300 steps of SGD (learning rate 0.1, momentum 0.9), whatever the size of the network."""
     embed_loss_weight: float = 0.0
     """mu of Eq. 7; 0 creates no embedding classifier (paper: 1 for CIFAR, 0 for ImageNet)."""
     gate_norm: GateNorm = 'mean'
@@ -89,6 +90,17 @@ class GatingConfig:
         """Take this class's arguments out of a model's keyword arguments."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: kwargs.pop(name) for name in names if name in kwargs})
+
+
+def _default_weight(config: GatingConfig, widths: Sequence[int]) -> float:
+    """lambda where none is given.
+
+    One step of SGD at learning rate r and momentum 0.9 moves a gate by about 10 r lambda / (N K): its share in the
+    mean over N gates is 1/N, and the squares of K even mixture weights sum to 1/K.
+    """
+    if not config.has_target:
+        return 1.0
+    return config.num_latent_experts / 300 * (1 if config.gate_norm == 'sum' else sum(widths))
 
 
 def _is_width(value: object) -> bool:
@@ -261,7 +273,9 @@ class GatingNetwork(nn.Module):
         self.min_size = min_size
         self.gate_norm = config.gate_norm
         self.embed_loss_weight = config.embed_loss_weight
-        self.gate_loss_weight = 1.0 if config.gate_loss_weight is None else config.gate_loss_weight
+        self.gate_loss_weight = _default_weight(config, widths)
+        if config.gate_loss_weight is not None:
+            self.gate_loss_weight = config.gate_loss_weight
         self.budget_on_macs = config.target_macs is not None
         self.frozen = False
         self.embedding: nn.Module = ShallowEmbedding(

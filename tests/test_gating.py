@@ -9,6 +9,7 @@ from torch import nn
 
 import deepmoe_plugin
 from deepmoe_plugin.gating import GateBudget, GateHeads, GatingConfig, GatingNetwork, ShallowEmbedding
+from deepmoe_plugin.losses import GatingLoss
 
 
 def gating(widths=(4, 6), **kwargs):
@@ -227,3 +228,19 @@ def test_budget_continues_from_its_saved_state():
 
 def test_no_budget_without_target():
     assert small('cifar').gating.budget is None
+
+
+@pytest.mark.parametrize('gate_norm', ['mean', 'sum', 'macs'])
+@pytest.mark.parametrize('structure', ['cifar', 'bottleneck_a'])
+def test_towards_a_target_gates_of_any_network_close_equally_fast(structure, gate_norm):
+    steps = 20
+    model = small(structure, target_kept=0.5, gate_norm=gate_norm).train()
+    loss = GatingLoss(model)
+    optimizer = torch.optim.SGD([model.gating.heads.weight], lr=0.1, momentum=0.9)
+    for _ in range(steps):
+        gates = torch.cat(model.gating(images()), 1)
+        optimizer.zero_grad()
+        loss(model.gating.take_record())['loss_gate'].backward()
+        optimizer.step()
+    expected = sum((1 - 0.9**i) / 300 for i in range(steps))  # momentum has not reached its full speed at first
+    assert (1 - gates.mean()).item() == pytest.approx(expected, rel=0.3)

@@ -137,7 +137,7 @@ def test_training_on_cifar100(cifar100, name: str, lr: float, epochs: int, batch
 @pytest.mark.parametrize('target', [{'target_kept': 0.5}, {'target_macs': 0.4}])
 def test_target_is_met_on_cifar100(cifar100, target: dict[str, float]) -> None:
     torch.manual_seed(0)
-    small = {'layers': (1, 1, 1), 'embed_loss_weight': 1.0, 'gate_loss_weight': 50.0}
+    small = {'layers': (1, 1, 1), 'embed_loss_weight': 1.0}
     model = timm.create_model('wide_deepmoe_resnet20_cifar', **small, **target)
     run = train(model, *cifar100, epochs=8, lr=0.1)
     reached = run.kept if 'target_kept' in target else run.spent
@@ -152,9 +152,7 @@ def test_warm_start_on_imagenette() -> None:
     dense = train(first, data, val, epochs=6, lr=0.05)
     assert dense.kept == 1
     base = {key: value for key, value in first.state_dict().items() if not key.startswith('gating.')}
-    model = timm.create_model(
-        'wide_deepmoe_resnet18', num_classes=10, embed_loss_weight=1.0, target_kept=0.5, gate_loss_weight=30.0
-    )
+    model = timm.create_model('wide_deepmoe_resnet18', num_classes=10, embed_loss_weight=1.0, target_kept=0.5)
     model.load_state_dict(base)
     run = train(model, data, val, epochs=10, lr=0.05)
     assert run.losses[0] < 0.8 * dense.losses[0]

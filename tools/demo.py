@@ -67,7 +67,7 @@ def main() -> None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     train_loader, val_loader = create_loaders(args.batch_size)
-    gated_args = {**MODEL_ARGS, 'embed_loss_weight': 1.0, 'target_kept': args.target_kept, 'gate_loss_weight': 40.0}
+    gated_args = {**MODEL_ARGS, 'embed_loss_weight': 1.0, 'target_kept': args.target_kept}
     runs = {
         'dense': ('resnet20_cifar', MODEL_ARGS),
         'dense, twice as wide': ('resnet20_cifar', {**MODEL_ARGS, 'widen': 2}),
