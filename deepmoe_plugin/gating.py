@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, List, Literal, NamedTuple, Optional  # noqa: UP035 (TorchScript reads these)
 
@@ -201,10 +201,13 @@ class GateHeads(nn.Module):
 class GateBudget(nn.Module):
     """Steers lambda so that the average cost (kept experts or MACs) settles at a target.
 
-    Gates move at a speed proportional to lambda, so a lambda proportional to the remaining error approaches the
-    target; below the target it is negative and lifts the gates again, closed ones included. The factor, `strength`,
-    finds its own scale: it grows while the running average of the error is outside the tolerance, and shrinks each
-    time that average changes sign after having been outside. All of it is saved with the model.
+    The cost itself says nothing before the first gate reaches zero, and then most follow at once. What lambda answers
+    to is the distance that gates still have to go: the threshold t at which experts with a gate above t would cost
+    just the target. Gates move at a speed proportional to lambda, so with lambda proportional to t they approach the
+    target and slow down on the way; below the target t and lambda are negative and lift the gates again, closed ones
+    included. The factor, `strength`, finds its own scale: it grows while the running average of the error in cost is
+    outside the tolerance, and shrinks each time that average changes sign after having been outside. All of it is
+    saved with the model.
 
     Args:
         target: fraction to settle at.
@@ -215,6 +218,8 @@ class GateBudget(nn.Module):
     shrink = 0.7
     tolerance = 0.01
     momentum = 0.95
+    bisections = 12
+    sample = 16  # images that the threshold is found on
 
     def __init__(self, target: float, strength: float, device: Any = None) -> None:
         super().__init__()
@@ -227,13 +232,17 @@ class GateBudget(nn.Module):
         self.register_buffer('peak', torch.tensor(0.0, device=device))
 
     @torch.no_grad()
-    def step(self, spent: Tensor) -> Tensor:
-        """Take the fraction spent in this batch (scalar), return lambda (scalar, signed)."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            spent = spent.clone()
-            torch.distributed.all_reduce(spent)
-            spent = spent / torch.distributed.get_world_size()
-        error = spent.to(self.strength.dtype) - self.target
+    def step(self, preact: Tensor, cost: Callable[[Tensor], Tensor]) -> Tensor:
+        """Look at one batch.
+
+        Args:
+            preact: gates before their ReLU, shape (B, N).
+            cost: maps the experts that images keep (B, N, boolean) to the fraction that each image spends (B,).
+
+        Returns:
+            lambda, a scalar, signed.
+        """
+        error = (_average(cost(preact > 0)) - self.target).to(self.strength.dtype)
         average = torch.lerp(error, self.error, self.momentum)
         crossed = average * self.error < 0
         overshot = crossed & (self.peak > 2 * self.tolerance)
@@ -241,7 +250,25 @@ class GateBudget(nn.Module):
         self.strength.mul_(torch.where(average.abs() > self.tolerance, 1 + self.growth, 1.0))
         self.peak.copy_(torch.where(crossed, average.abs(), torch.maximum(self.peak, average.abs())))
         self.error.copy_(average)
-        return self.strength * error / (1 - self.target)
+        return self.strength * self._distance(preact[: self.sample], cost)
+
+    def _distance(self, preact: Tensor, cost: Callable[[Tensor], Tensor]) -> Tensor:
+        """The threshold at which the target is spent, at most 1 either way; found without leaving the device."""
+        low, high = self.strength.new_tensor([-1.0, 1.0])
+        for _ in range(self.bisections):
+            middle = (low + high) / 2
+            too_much = _average(cost(preact > middle)) > self.target
+            low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+        return (low + high) / 2
+
+
+def _average(values: Tensor) -> Tensor:
+    """Mean over a batch, that of all processes."""
+    mean = values.mean()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(mean)
+        mean = mean / torch.distributed.get_world_size()
+    return mean
 
 
 @register_notrace_module

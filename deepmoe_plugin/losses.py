@@ -16,6 +16,10 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 TERMS = ('loss_gate', 'loss_embed')
 
 
+def _fraction_kept(kept: Tensor) -> Tensor:
+    return kept.double().mean(1)
+
+
 class GatingLoss:
     """The terms `lambda * L_g` and `mu * L_e` of one DeepMoE network, with its weights and its `gate_norm`.
 
@@ -50,7 +54,7 @@ class GatingLoss:
         terms: dict[str, Tensor] = {}
         if not gating.frozen:
             if gating.budget is not None:
-                terms['loss_gate'] = self._steered(gating, gating.budget, record.preact, kept)
+                terms['loss_gate'] = self._steered(gating, gating.budget, record.preact)
             elif gating.gate_loss_weight > 0:
                 terms['loss_gate'] = gating.gate_loss_weight * self._norm(gating, record.preact.relu())
             if record.embed_logits is not None:
@@ -70,10 +74,9 @@ class GatingLoss:
             self._costs = self._macs().expert_costs().to(gates.device)
         return (gates * self._costs).sum(1).mean()
 
-    def _steered(self, gating: GatingNetwork, budget: GateBudget, preact: Tensor, kept: Tensor) -> Tensor:
+    def _steered(self, gating: GatingNetwork, budget: GateBudget, preact: Tensor) -> Tensor:
         """L_g with a lambda that leads to the target; a negative lambda lifts all gates, closed ones included."""
-        spent = self._macs().spent(kept).mean() if gating.budget_on_macs else kept.float().mean()
-        weight = budget.step(spent)
+        weight = budget.step(preact.detach(), self._macs().spent if gating.budget_on_macs else _fraction_kept)
         closing = weight.clamp(min=0) * self._norm(gating, preact.relu())
         return closing + weight.clamp(max=0) * self._norm(gating, preact)
 

@@ -132,6 +132,7 @@ class MacsTable:
         self.costs = module_costs(model, image_size)
         network = next(deepmoe_networks(model), None)
         self.widths = expert_widths(network, network.expert_layers) if network is not None else []
+        self._to('cpu')
 
     def dense(self, groups: Sequence[str] = GROUPS) -> int:
         """MACs of one image with all experts kept, summed over `groups`."""
@@ -146,19 +147,28 @@ class MacsTable:
         Returns:
             Shape (B, number of modules), float64: exact integers below 2**53.
         """
-        fractions = [part.double().mean(1) for part in kept.split(self.widths, dim=1)] if self.widths else []
-        one = torch.ones(kept.shape[0], dtype=torch.float64, device=kept.device)
-        columns = []
-        for cost in self.costs:
-            reads = one if cost.reads is None else fractions[cost.reads]
-            writes = one if cost.writes is None else fractions[cost.writes]
-            columns.append(cost.macs * reads * writes)
-        return torch.stack(columns, dim=1)
+        if self._macs.device != kept.device:
+            self._to(kept.device)
+        fractions = kept.double() @ self._layers / self._layers.sum(0)
+        fractions = torch.cat([fractions, fractions.new_ones(len(kept), 1)], dim=1)
+        return self._macs * fractions[:, self._reads] * fractions[:, self._writes]
 
     def spent(self, kept: Tensor) -> Tensor:
         """Fraction of the dense MACs that each image costs, shape (B,); the gating network is not included."""
-        chosen = [i for i, cost in enumerate(self.costs) if cost.group not in GATING_GROUPS]
-        return self.by_module(kept)[:, chosen].sum(1) / sum(self.costs[i].macs for i in chosen)
+        macs = self.by_module(kept)
+        return macs @ self._charged / (self._macs @ self._charged)
+
+    def _to(self, device: torch.device | str) -> None:
+        """Put what `by_module` needs on a device; one product then counts the experts kept in all layers."""
+        widths = torch.tensor(self.widths, dtype=torch.long)
+        self._layers = torch.eye(len(widths), dtype=torch.float64).repeat_interleave(widths, dim=0).to(device)
+        self._macs = torch.tensor([cost.macs for cost in self.costs], dtype=torch.float64, device=device)
+        charged = [cost.group not in GATING_GROUPS for cost in self.costs]
+        self._charged = torch.tensor(charged, dtype=torch.float64, device=device)
+        dense = len(self.widths)  # the column of ones
+        reads = [dense if cost.reads is None else cost.reads for cost in self.costs]
+        writes = [dense if cost.writes is None else cost.writes for cost in self.costs]
+        self._reads, self._writes = torch.tensor([reads, writes], device=device)
 
     def expert_costs(self) -> Tensor:
         """Share of each expert in the dense MACs of all expert layers, shape (N,), summing to one.

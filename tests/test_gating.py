@@ -184,45 +184,71 @@ def test_freezing_needs_a_deepmoe_network(function):
 # Budget
 
 
-def test_budget_pushes_towards_its_target_from_both_sides():
-    assert GateBudget(0.5, 2.0).step(torch.tensor(0.9)) > 0
-    assert GateBudget(0.5, 2.0).step(torch.tensor(0.2)) < 0
-    assert GateBudget(0.5, 2.0).step(torch.tensor(0.5)) == 0
+def fraction_kept(kept):
+    return kept.double().mean(1)
+
+
+def gates_around(mean, experts=100):
+    return (mean + torch.linspace(-0.5, 0.5, experts)).expand(3, -1)
+
+
+@pytest.mark.parametrize('target', [0.3, 0.5, 0.8])
+@pytest.mark.parametrize('mean', [0.9, 0.1, -0.4])
+def test_lambda_is_proportional_to_the_distance_of_the_gates_from_the_target(target, mean):
+    distance = mean + 0.5 - target  # lowering all gates by this leaves the target fraction above zero
+    budget = GateBudget(target, 2.0)
+    assert budget.step(gates_around(mean), fraction_kept).item() == pytest.approx(
+        2.02 * max(-1, min(1, distance)), abs=0.05
+    )
+
+
+def test_lambda_sees_gates_coming_before_the_first_one_closes():
+    far, near = (GateBudget(0.5, 1.0).step(torch.full((2, 8), gate), fraction_kept) for gate in (1.0, 0.1))
+    assert near < 0.2 * far
 
 
 def test_budget_pushes_harder_while_the_target_is_missed_and_softer_after_overshooting():
     budget = GateBudget(0.5, 2.0)
-    first = budget.step(torch.tensor(0.9))
+    first = budget.step(gates_around(0.4), fraction_kept)
     for _ in range(20):
-        last = budget.step(torch.tensor(0.9))
+        last = budget.step(gates_around(0.4), fraction_kept)
     assert last > first
     before = budget.strength.item()
     strengths = []
     for _ in range(15):
-        budget.step(torch.tensor(0.1))
+        budget.step(gates_around(-0.4), fraction_kept)
         strengths.append(budget.strength.item())
     assert strengths[0] > before
     assert strengths[-1] < before
 
 
 @pytest.mark.parametrize('target', [0.3, 0.7])
-@pytest.mark.parametrize('gain', [0.002, 0.05])
-def test_budget_settles_at_its_target(target, gain):
-    """A crude network: the fraction of experts kept falls at a speed proportional to lambda."""
-    budget, kept = GateBudget(target, 1.0), torch.tensor(1.0)
-    for _ in range(3000):
-        kept = (kept - gain * budget.step(kept)).clamp(0, 1)
-    assert abs(kept.item() - target) < 0.02
+@pytest.mark.parametrize('speed', [1e-6, 1e-5, 3e-4])
+@pytest.mark.parametrize('spread', [0.02, 0.5])
+def test_budget_settles_at_its_target(target, speed, spread):
+    """Gates that start at one, part a little, and move with momentum at a speed proportional to lambda."""
+    torch.manual_seed(0)
+    budget, offsets = GateBudget(target, 3.0), spread * torch.randn(4, 200)
+    gate, velocity, kept = torch.tensor(1.0), torch.tensor(0.0), []
+    for step in range(1500):
+        gates = gate + min(1, step / 300) * offsets
+        velocity = 0.9 * velocity + speed * budget.step(gates, fraction_kept)
+        gate = gate - velocity
+        kept.append((gates > 0).float().mean().item())
+    assert sum(kept[-100:]) / 100 == pytest.approx(target, abs=0.02)
+    assert min(kept) > target - 0.1
 
 
 def test_budget_continues_from_its_saved_state():
     model, twin = small('cifar', target_kept=0.5), small('cifar', target_kept=0.5)
     for i in range(10):
-        model.gating.budget.step(torch.tensor(0.9 - 0.02 * i))
+        model.gating.budget.step(gates_around(0.9 - 0.02 * i), fraction_kept)
     assert any(key.startswith('gating.budget.') for key in model.state_dict())
     twin.load_state_dict(model.state_dict())
-    for value in (0.3, 0.8, 0.6):
-        assert model.gating.budget.step(torch.tensor(value)) == twin.gating.budget.step(torch.tensor(value))
+    for mean in (-0.2, 0.3, 0.1):
+        budgets = (model.gating.budget, twin.gating.budget)
+        first, second = (budget.step(gates_around(mean), fraction_kept) for budget in budgets)
+        assert first == second
     torch.testing.assert_close(state(model.gating.budget), state(twin.gating.budget), rtol=0, atol=0)
 
 
