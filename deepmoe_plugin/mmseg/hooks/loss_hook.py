@@ -5,32 +5,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
 from ...losses import GatingLoss
-from ...network import DeepMoE, deepmoe_networks
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper for distributed training, or the model itself."""
-    return model.get_submodule('module') if is_model_wrapper(model) else model
-
-
-def only_network(model: nn.Module, hook: Hook) -> DeepMoE:
-    """The DeepMoE network of a model.
-
-    Raises:
-        ValueError: there is none, or more than one; the message names the hook that needs it.
-    """
-    networks = list(deepmoe_networks(model))
-    if len(networks) != 1:
-        raise ValueError(
-            f'{type(hook).__name__} needs one DeepMoE network in {type(model).__name__}, found {len(networks)}: use a '
-            f'DeepMoE backbone with gated=True, or take the hook out of custom_hooks.'
-        )
-    return networks[0]
+from ...network import DeepMoE
+from .lookup import model_of, network_of
 
 
 def class_presence(data_samples: Any, num_classes: int, ignore_index: int) -> Tensor:
@@ -90,8 +70,7 @@ class DeepMoELossHook(Hook):
         Raises:
             ValueError: the model holds no DeepMoE network or several, or its class count differs from the embedding's.
         """
-        model = unwrapped(runner.model)
-        network = only_network(model, self)
+        model, network = model_of(runner), network_of(runner, self)
         if any(isinstance(hook, _AddTerms) for hook in model._forward_hooks.values()):
             return
         head = getattr(model, 'decode_head', None)
