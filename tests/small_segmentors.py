@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.registry import METRICS
+from mmengine.registry import METRICS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
@@ -19,6 +19,7 @@ import deepmoe_plugin.mmseg  # noqa: F401 (registers everything)
 
 CLASSES = 5
 SIZE = 64
+init_default_scope('mmseg')
 _names = (f'run{i}' for i in itertools.count())
 
 
@@ -72,14 +73,18 @@ def backbone_config(**kwargs: Any) -> dict[str, Any]:
 def segmentor_config(
     backbone: dict[str, Any] | None = None, head: dict[str, Any] | None = None, **kwargs: Any
 ) -> dict[str, Any]:
-    fcn = dict(type='FCNHead', in_channels=512, in_index=3, channels=8, num_convs=0, dropout_ratio=0.0)
+    fcn = dict(type='FCNHead', in_channels=512, in_index=3, channels=8, num_convs=1, dropout_ratio=0.0)
     return {
         'type': 'EncoderDecoder',
         'data_preprocessor': dict(
             type='SegDataPreProcessor', mean=[110.0] * 3, std=[60.0] * 3, size=(SIZE, SIZE), pad_val=0, seg_pad_val=255
         ),
         'backbone': backbone or backbone_config(),
-        'decode_head': {**(head or {**fcn, 'concat_input': False}), 'num_classes': CLASSES, 'norm_cfg': dict(type='BN')},
+        'decode_head': {
+            **(head or {**fcn, 'concat_input': False}),
+            'num_classes': CLASSES,
+            'norm_cfg': dict(type='BN'),
+        },
         'train_cfg': dict(),
         'test_cfg': dict(mode='whole'),
         **kwargs,
