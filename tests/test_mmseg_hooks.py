@@ -269,7 +269,8 @@ def test_weight_decay_of_the_heads_is_warned_of(decay: Any, warned: bool, tmp_pa
 
 def test_copied_models_optimise_their_own_network(tmp_path: Path) -> None:
     model = segmentor(backbone_config(**WEIGHTS))
-    make_runner(model, tmp_path, LOSS, iters=1).train()
+    for name in ('first', 'second'):  # a second run must not add the terms twice
+        make_runner(model, tmp_path / name, LOSS, iters=1).train()
     twin = copy.deepcopy(model)
     items = [loader()['dataset'][i] for i in range(2)]
     batch = {key: [item[key] for item in items] for key in ('inputs', 'data_samples')}
@@ -343,6 +344,16 @@ def test_stage_two(begin: int, by_epoch: bool, tmp_path: Path) -> None:
         assert count == begin
     assert len(histories['train/kept_experts'].data[0]) == 6
     assert not any(module.training for module in model.backbone.gating.modules())
+
+
+def test_stage_two_between_accumulated_batches(tmp_path: Path) -> None:
+    """Gradients of stage 1 that wait for their step are dropped with it."""
+    model, watch = segmentor(backbone_config(**WEIGHTS)), Watch()
+    make_runner(model, tmp_path, watch, LOSS, finetune(3, False), iters=4, optim=dict(accumulative_counts=2)).train()
+    heads = GATING + 'heads.weight'
+    assert not torch.equal(watch.states[2][heads], watch.states[1][heads])
+    assert torch.equal(model.state_dict()[heads], watch.states[2][heads])
+    assert not any(name.startswith(GATING) for name in watch.grads[1])
 
 
 def last_state(folder: Path, *hooks: Any, **kwargs: Any) -> State:
@@ -498,7 +509,7 @@ def test_sparse_validation_predicts_the_same(extra: list[Any], sparse_calls: lis
                 seen.append(runner.val_evaluator.metrics[0].logits)  # noqa: B023
 
         model = segmentor()
-        hooks = [LOSS, *extra, Keep(), *([SPARSE] if sparse else [])]
+        hooks = [*([SPARSE] if sparse else []), LOSS, *extra, Keep()]  # priorities, not this order, decide
         runner = make_runner(model, tmp_path / str(sparse), *hooks, epochs=2, val=loader(3, 1))
         runner.train()
         assert not any(module.training for module in model.modules())
