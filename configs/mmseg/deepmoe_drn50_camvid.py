@@ -1,0 +1,2 @@
+_base_ = ['./wide_drn50_camvid.py', './_base_/deepmoe.py']
+model = dict(backbone=dict(gated=True, target_kept=0.5))

@@ -1,0 +1,4 @@
+_base_ = ['./pspnet_drn50_cityscapes.py', './_base_/deepmoe.py']
+model = dict(
+    backbone=dict(gated=True, widen=2, target_kept=0.5, init_cfg=dict(checkpoint='torchvision://wide_resnet50_2'))
+)
