@@ -4,7 +4,7 @@ import argparse
 import logging
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ _logger = logging.getLogger(__name__)
 GATING_PREFIX = 'gating.'
 # Parts of the gating network that only training needs: a checkpoint may have them or not.
 _OPTIONAL = (GATING_PREFIX + 'classifier.', GATING_PREFIX + 'budget.')
+_NAMED = 5  # tensors that an error message names
 
 
 def build_with_checks(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -44,7 +45,8 @@ def build_with_checks(model_cls: Callable[..., nn.Module], variant: str, pretrai
     keeps_classifier = not kwargs.get('features_only')
 
     def check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-        check_complete(state_dict, model, source)
+        cfg = _pretrained_cfg(model)
+        check_complete(state_dict, model, source, cfg['architecture'], (f'{cfg["classifier"]}.',))
         if keeps_classifier:
             _check_class_count(state_dict, model, source)
         return state_dict
@@ -52,15 +54,19 @@ def build_with_checks(model_cls: Callable[..., nn.Module], variant: str, pretrai
     return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
 
 
-def check_readable(file: str | Path) -> None:
+def check_readable(file: str | Path, field: str = '`file` in pretrained_cfg_overlay') -> None:
     """Check that a checkpoint file can be read without running code from it; tensors are mapped, not loaded.
+
+    Args:
+        file: path of the checkpoint.
+        field: where the user gave it, for the message.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is cut short, is no checkpoint, or needs unpickling; the message names it.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f'There is no checkpoint {file}: correct `file` in pretrained_cfg_overlay.')
+        raise FileNotFoundError(f'There is no checkpoint {file}: correct {field}.')
     if str(file).endswith('.safetensors'):
         try:
             with safe_open(str(file), 'pt'):
@@ -86,28 +92,34 @@ def check_readable(file: str | Path) -> None:
         raise ValueError(f'{file} holds a {type(checkpoint).__name__}, not a state dict: save model.state_dict().')
 
 
-def check_complete(state_dict: Mapping[str, Any], model: nn.Module, source: str) -> None:
-    """Check that a checkpoint has the tensors of a network, apart from its classifier.
+def check_complete(
+    state_dict: Mapping[str, Any], model: nn.Module, source: str, name: str, optional: Iterable[str] = ()
+) -> None:
+    """Check that a checkpoint has the tensors of a network.
 
-    timm loads other class counts without looking at the keys, and a wrong checkpoint then is a random network.
+    Frameworks load what fits without looking at the rest, and a wrong checkpoint then is a random network.
+
+    Args:
+        source: what the user gave as the checkpoint, for the message.
+        name: of the network, for the message.
+        optional: prefixes of tensors that either side may lack, as the classifier's.
 
     Raises:
         ValueError: tensors are missing or unknown; the message names `source` and the first of them.
     """
-    cfg = _pretrained_cfg(model)
-    classifier = f'{cfg["classifier"]}.'
-    optional = (classifier, *_OPTIONAL)
-    own = {key for key in model.state_dict() if not key.startswith(optional)}
-    loaded = {key for key in state_dict if not key.startswith(optional)}
+    ignored = (*optional, *_OPTIONAL)
+    own = {key for key in model.state_dict() if not key.startswith(ignored)}
+    loaded = {key for key in state_dict if not key.startswith(ignored)}
     if not any(key.startswith(GATING_PREFIX) for key in loaded):
         own = {key for key in own if not key.startswith(GATING_PREFIX)}
     missing = sorted(key for key in own - loaded if not key.endswith('num_batches_tracked'))
     unknown = sorted(loaded - own)
     if missing or unknown:
         parts = [
-            f'{len(keys)} {what}, as {keys[0]}' for what, keys in (('missing', missing), ('unknown', unknown)) if keys
+            f'{len(keys)} {what}, as {", ".join(keys[:_NAMED])}'
+            for what, keys in (('missing', missing), ('unknown', unknown))
+            if keys
         ]
-        name = cfg['architecture']
         raise ValueError(
             f'{source} is not a checkpoint of {name} (tensors: {"; ".join(parts)}): '
             f'give the checkpoint of {name} or of its dense twin.'
@@ -148,7 +160,7 @@ def adapt_checkpoint(model: 'DeepMoE', state_dict: dict[str, Any], prefix: str, 
         if key not in own or own[key].shape != state_dict[key].shape:
             _logger.info('%s of the checkpoint is not used by this model.', key)
             del state_dict[key]
-    _check_shapes(model, own, state_dict, prefix)
+    check_shapes(model, own, state_dict, prefix)
     gating = prefix + GATING_PREFIX
     if not any(key.startswith(gating) for key in state_dict):
         _logger.info('Checkpoint of a dense network: its weights go to the base network, the gates stay as they are.')
@@ -159,7 +171,16 @@ def adapt_checkpoint(model: 'DeepMoE', state_dict: dict[str, Any], prefix: str, 
             state_dict[key] = value
 
 
-def _check_shapes(model: 'DeepMoE', own: dict[str, Tensor], state_dict: dict[str, Any], prefix: str) -> None:
+def check_shapes(model: Any, own: Mapping[str, Tensor], state_dict: Mapping[str, Any], prefix: str = '') -> None:
+    """Check that the tensors of a checkpoint have the shapes of the network's own.
+
+    Args:
+        model: a network of this package, gated or dense.
+        own: its state dict, each key with `prefix`.
+
+    Raises:
+        ValueError: a shape differs; the message names the tensor and the argument that decides about it.
+    """
     wrong = [
         key
         for key, value in own.items()

@@ -37,8 +37,12 @@ class DeepMoE(nn.Module):
 
     @torch.jit.ignore
     def keep_first_experts(self, num_layers: int) -> None:
-        """Forget the gated layers after the first `num_layers`, whose blocks have been pruned away."""
-        self.expert_layers = self.expert_layers[:num_layers]
+        """Forget the gated layers after the first `num_layers`, and the consumers, that have been pruned away."""
+        present = {name for name, _ in self.named_modules()}
+        self.expert_layers = tuple(
+            layer if layer.consumer in present else layer._replace(consumer='')
+            for layer in self.expert_layers[:num_layers]
+        )
         self.gating.keep_first(num_layers)
 
     @torch.jit.ignore

@@ -105,6 +105,7 @@ class DeepMoEVGG(DeepMoE, WideVGG):
             self.in_chans,
             self.num_classes,
             min_size=self.feature_info[-1]['reduction'],
+            norm_layer=kwargs.get('norm_layer') or nn.BatchNorm2d,
             device=kwargs.get('device'),
             dtype=kwargs.get('dtype'),
         )
