@@ -79,7 +79,11 @@ def segmentor_config(
             type='SegDataPreProcessor', mean=[110.0] * 3, std=[60.0] * 3, size=(SIZE, SIZE), pad_val=0, seg_pad_val=255
         ),
         'backbone': backbone or backbone_config(),
-        'decode_head': {**(head or {**fcn, 'concat_input': False}), 'num_classes': CLASSES, 'norm_cfg': dict(type='BN')},
+        'decode_head': {
+            **(head or {**fcn, 'concat_input': False}),
+            'num_classes': CLASSES,
+            'norm_cfg': dict(type='BN'),
+        },
         'train_cfg': dict(),
         'test_cfg': dict(mode='whole'),
         **kwargs,

@@ -1,5 +1,6 @@
 custom_imports = dict(imports=['deepmoe_plugin.mmseg'])
 default_scope = 'mmseg'
+custom_hooks = [dict(type='GateStatisticsHook')]
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
