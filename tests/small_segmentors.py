@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.evaluator import BaseMetric
-from mmengine.registry import METRICS
+from mmengine.registry import METRICS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
@@ -19,6 +20,7 @@ import deepmoe_plugin.mmseg  # noqa: F401 (registers everything)
 
 CLASSES = 5
 SIZE = 64
+init_default_scope('mmseg')
 _names = (f'run{i}' for i in itertools.count())
 
 
@@ -71,9 +73,11 @@ def backbone_config(**kwargs: Any) -> dict[str, Any]:
 
 def segmentor_config(
     backbone: dict[str, Any] | None = None, head: dict[str, Any] | None = None, **kwargs: Any
-) -> dict[str, Any]:
-    fcn = dict(type='FCNHead', in_channels=512, in_index=3, channels=8, num_convs=0, dropout_ratio=0.0)
-    return {
+) -> ConfigDict:
+    fcn = dict(
+        type='FCNHead', in_channels=512, in_index=3, channels=8, num_convs=1, dropout_ratio=0.0, concat_input=False
+    )
+    config = {
         'type': 'EncoderDecoder',
         'data_preprocessor': dict(
             type='SegDataPreProcessor', mean=[110.0] * 3, std=[60.0] * 3, size=(SIZE, SIZE), pad_val=0, seg_pad_val=255
@@ -88,12 +92,14 @@ def segmentor_config(
         'test_cfg': dict(mode='whole'),
         **kwargs,
     }
+    return ConfigDict(config)
 
 
-def segmentor(backbone: dict[str, Any] | None = None, seed: int = 0, **kwargs: Any) -> nn.Module:
+def segmentor(backbone: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """A segmentor in which every weight counts: some experts are closed, others open, by image."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = MODELS.build(segmentor_config(backbone, **kwargs))
+    model.init_weights()  # before the Runner does, so that copies made before training start alike
     randomise(model.backbone)
     return model
 
@@ -129,7 +135,7 @@ def make_runner(
         config['train_dataloader'] = loader(endless=not by_epoch)
         config['train_cfg'] = dict(by_epoch=by_epoch, **limit, **(dict(val_interval=1) if val else {}))
         sgd = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.01)
-        config['optim_wrapper'] = dict(type='OptimWrapper', optimizer=sgd, **(optim or {}))
+        config['optim_wrapper'] = {'type': 'OptimWrapper', 'optimizer': sgd, **(optim or {})}
     if val:
         for mode in ('val', 'test'):
             config[f'{mode}_dataloader'] = val
@@ -149,8 +155,7 @@ def make_runner(
         log_processor=dict(by_epoch=by_epoch),
         default_scope='mmseg',
         experiment_name=next(_names),
-        log_level='WARNING',
         randomness=dict(seed=0),
         cfg=cfg or {},
-        **{**config, **kwargs},
+        **{'log_level': 'WARNING', **config, **kwargs},
     )

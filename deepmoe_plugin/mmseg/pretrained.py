@@ -9,7 +9,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import PretrainedInit, update_init_info
 from timm.models import load_state_dict
 
-from ..checkpoints import check_complete, check_readable, check_shapes
+from ..checkpoints import GATING_PREFIX, check_complete, check_readable, check_shapes
 
 if TYPE_CHECKING:
     from .backbones import Backbone
@@ -79,8 +79,9 @@ def load_pretrained(backbone: 'Backbone', weights: dict[str, Any], source: str, 
     check_complete(weights, backbone, source, backbone.title, _HEADS)
     own = backbone.state_dict()
     check_shapes(backbone, own, weights)
-    kept = {key: value for key, value in own.items() if key.endswith('num_batches_tracked')}
-    backbone.load_state_dict({**kept, **{key: value for key, value in weights.items() if not key.startswith(_HEADS)}})
+    counters = {key: own[key] for key in own if key.endswith('num_batches_tracked') and key not in weights}
+    counters = {key: value for key, value in counters.items() if not key.startswith(GATING_PREFIX)}
+    backbone.load_state_dict({**counters, **{key: weights[key] for key in weights if not key.startswith(_HEADS)}})
 
 
 def _history_method(owner: Any, name: str) -> Any:

@@ -1,0 +1,544 @@
+"""Backbones for MMSegmentation: what a user of mmseg's own backbones expects, on the same networks as timm's."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from small_networks import images, randomise
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+pytest.importorskip('mmseg')
+
+from mmengine.model import PretrainedInit
+from mmseg.registry import MODELS
+from small_segmentors import CLASSES, backbone_config, make_runner, segmentor, segmentor_config
+
+from deepmoe_plugin import count_macs, find_deepmoe, sparsify
+from deepmoe_plugin.macs import MacsTable
+
+TYPES = {
+    'resnet18': dict(type='DeepMoEResNet', depth=18),
+    'resnet50': dict(type='DeepMoEResNet', depth=50, widen=0.25),
+    'resnet50b': dict(type='DeepMoEResNet', depth=50, widen=0.25, bottleneck='B'),
+    'drn': dict(type='DeepMoEDRN', depth=50, widen=0.25),
+    'vgg11': dict(type='DeepMoEVGG', depth=11, widen=0.25),
+}
+types = pytest.mark.parametrize('name', TYPES)
+DENSE = dict(type='DeepMoEResNet', depth=18, gated=False)
+
+
+def build(name='resnet18', seed=0, **kwargs):
+    torch.manual_seed(seed)
+    return MODELS.build({**TYPES[name], **kwargs})
+
+
+def refused(*words, error=ValueError, **kwargs):
+    with pytest.raises(error) as caught:
+        MODELS.build(backbone_config(**kwargs))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def base_keys(model):
+    return {key for key in model.state_dict() if not key.startswith('gating.')}
+
+
+@pytest.mark.parametrize(
+    ('twin', 'config'),
+    [
+        ('resnet18', dict(type='DeepMoEResNet', depth=18)),
+        ('resnet34', dict(type='DeepMoEResNet', depth=34)),
+        ('wide_resnet50_2', dict(type='DeepMoEResNet', depth=50, widen=2)),
+        ('resnet101', dict(type='DeepMoEResNet', depth=101)),
+        ('drn_a_50', dict(type='DeepMoEDRN')),
+        ('vgg11_bn', dict(type='DeepMoEVGG', depth=11)),
+        ('vgg19_bn', dict(type='DeepMoEVGG', depth=19)),
+    ],
+)
+def test_state_dict_is_that_of_timms_network(twin, config):
+    with torch.device('meta'):
+        expected = timm.create_model(twin).state_dict()
+        gated = MODELS.build(config)
+        dense = MODELS.build({**config, 'gated': False})
+    shapes = {key: value.shape for key, value in expected.items() if not key.startswith(('fc.', 'head.', 'pre_logits'))}
+    assert {key: value.shape for key, value in dense.state_dict().items()} == shapes
+    assert {key: value.shape for key, value in gated.state_dict().items() if not key.startswith('gating.')} == shapes
+
+
+@types
+def test_a_segmentor_holds_exactly_one_network_and_mmseg_keys(name):
+    backbone = TYPES[name]
+    channels = 2048 if '50' in name or name == 'drn' else 128 if name == 'vgg11' else 512
+    head = dict(type='FCNHead', in_channels=channels, in_index=3, channels=8, num_convs=1, concat_input=False)
+    model = segmentor(backbone, head=head)
+    assert find_deepmoe(model) is model.backbone
+    first = 'features.0.weight' if name == 'vgg11' else 'conv1.weight'
+    assert f'backbone.{first}' in model.state_dict()
+    assert 'backbone.gating.heads.weight' in model.state_dict()
+
+
+@pytest.mark.parametrize('size', [(64, 64), (65, 97)])
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'strides'),
+    [
+        ('resnet18', {}, (4, 8, 16, 32)),
+        ('resnet18', dict(output_stride=32), (4, 8, 16, 32)),
+        ('resnet18', dict(output_stride=16), (4, 8, 16, 16)),
+        ('resnet50', dict(output_stride=8), (4, 8, 8, 8)),
+        ('resnet50b', dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)), (4, 8, 16, 16)),
+        ('drn', {}, (4, 8, 8, 8)),
+    ],
+)
+def test_features_of_a_resnet(name, kwargs, strides, size):
+    backbone = build(name, **kwargs).eval()
+    x = torch.randn(1, 3, *size)
+    widths = (64, 128, 256, 512) if name == 'resnet18' else (256, 512, 1024, 2048)
+    expected = [(1, width, -(-size[0] // s), -(-size[1] // s)) for width, s in zip(widths, strides, strict=True)]
+    assert [tuple(feature.shape) for feature in backbone(x)] == expected
+
+
+def test_features_of_a_vgg_have_a_resnets_strides():
+    backbone = build('vgg11', widen=1).eval()
+    shapes = [tuple(feature.shape) for feature in backbone(torch.randn(1, 3, 65, 97))]
+    assert shapes == [(1, 256, 16, 24), (1, 512, 8, 12), (1, 512, 4, 6), (1, 512, 2, 3)]
+
+
+@pytest.mark.parametrize(('name', 'twin'), [('resnet18', 'resnet18'), ('vgg11', 'vgg11_bn'), ('drn', 'drn_a_50')])
+def test_features_are_timms(name, twin):
+    model = randomise(timm.create_model(twin)).eval()
+    x = images(2, 64)
+    expected = model.forward_intermediates(x, indices=4, intermediates_only=True)
+    for gated in (True, False):
+        backbone = build(name, widen=1, gated=gated).eval()
+        weights = {k: v for k, v in model.state_dict().items() if k in backbone.state_dict()}
+        backbone.load_state_dict(weights)
+        torch.testing.assert_close(list(backbone(x)), expected, rtol=1e-4, atol=1e-4)
+
+
+@types
+def test_each_image_has_its_own_gates(name):
+    backbone = randomise(build(name)).eval()
+    x = images(3, 64) * torch.tensor([0.2, 1, 4])[:, None, None, None]
+    together = backbone(x)
+    gates = torch.cat(backbone.gating(x), 1)
+    assert not torch.equal(gates[0] > 0, gates[2] > 0)
+    for i in range(3):
+        alone = backbone(x[i : i + 1])
+        for feature, whole in zip(alone, together, strict=True):
+            torch.testing.assert_close(feature[0], whole[i], rtol=1e-4, atol=1e-4 * whole.abs().max().item())
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'vgg11'])
+@pytest.mark.parametrize('gated', [True, False])
+def test_the_network_ends_at_its_last_output(name, gated):
+    whole = randomise(build(name, gated=gated)).eval()
+    part = build(name, gated=gated, out_indices=(0, 1)).eval()
+    weights = whole.state_dict()
+    if gated:
+        weights['gating.heads.weight'] = weights['gating.heads.weight'][: len(part.gating.heads.weight)]
+    part.load_state_dict({key: weights[key] for key in part.state_dict()})
+    assert len(part.state_dict()) < len(weights)
+    torch.testing.assert_close(part(images(2, 64)), whole(images(2, 64))[:2], rtol=1e-5, atol=1e-5)
+    features = build(name, gated=gated, out_indices=(1, 3)).eval()(images(1, 64))
+    assert len(features) == 2
+
+
+@pytest.mark.parametrize('out_indices', [(), (0, 4), (-1,), (2, 1), (1, 1)])
+def test_out_indices_are_checked(out_indices):
+    refused('out_indices', out_indices=out_indices)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'words'),
+    [
+        (dict(output_stride=4), ['output_stride', '8, 16 or 32']),
+        (dict(strides=(1, 2, 1, 1)), ['strides', 'dilations', 'not supported']),
+        (dict(strides=(1, 1, 1, 1), dilations=(1, 2, 4, 8)), ['not supported']),
+        (dict(dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1), output_stride=16), ['contradicts', 'output_stride=16']),
+        (dict(depth=20), ['depth', '18, 34, 50, 101']),
+        (dict(bottleneck='B'), ['bottleneck']),
+        (dict(frozen_stages=5), ['frozen_stages']),
+        (dict(norm_cfg=None), ['norm_cfg']),
+        (dict(target_kept=2), ['target_kept']),
+        (dict(embed_loss_weight=1.0), ['num_classes']),
+        (dict(gated=False, gate_loss_weight=1.0), ['gate_loss_weight', 'gated=False']),
+        (dict(pretrained='a', init_cfg=dict(type='Pretrained', checkpoint='b')), ['pretrained', 'init_cfg']),
+        (dict(type='DeepMoEVGG', depth=12), ['depth', '11, 13, 16, 19']),
+        (dict(type='DeepMoEDRN', depth=18), ['depth', '50']),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, words):
+    refused(*words, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'name'),
+    [
+        (dict(gate_weight=1), 'gate_weight'),
+        (dict(gated=False, deep_stem=True), 'deep_stem'),
+        (dict(type='DeepMoEVGG', depth=11, with_cp=True), 'with_cp'),
+        (dict(type='DeepMoEDRN', depth=50, output_stride=16), 'output_stride'),
+    ],
+)
+def test_unknown_arguments_are_named(kwargs, name):
+    refused(name, error=TypeError, **kwargs)
+
+
+def test_strides_and_dilations_are_another_way_to_say_output_stride():
+    by_stride = build(output_stride=8)
+    by_layout = build(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), output_stride=8)
+    assert str(by_stride) == str(by_layout)
+    assert by_stride.layer4[1].conv1.dilation == (4, 4)
+
+
+@pytest.mark.parametrize('gated', [True, False])
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_with_other_channels_are_refused(channels, gated):
+    with pytest.raises(ValueError, match=rf'3, height, width\), got \(1, {channels}, .*in_channels'):
+        build(gated=gated)(images(1, 64, channels=channels))
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'vgg11'])
+def test_in_channels(name):
+    assert len(build(name, in_channels=1).eval()(images(1, 64, channels=1))) == 4
+
+
+@types
+def test_norm_cfg_reaches_every_norm(name):
+    norm_cfg = dict(type='SyncBN', eps=1e-3, requires_grad=False)
+    norms = [module for module in build(name, norm_cfg=norm_cfg).modules() if isinstance(module, _BatchNorm)]
+    assert all(isinstance(norm, nn.SyncBatchNorm) and norm.eps == 1e-3 for norm in norms)
+    assert not any(parameter.requires_grad for norm in norms for parameter in norm.parameters())
+    widths = {'resnet18': 20, 'resnet50': 53, 'resnet50b': 53, 'drn': 53, 'vgg11': 8}
+    assert len(norms) == widths[name] + 5
+
+
+def moved(backbone):
+    """Names of the tensors that a training step changes."""
+    before = copy.deepcopy(backbone.state_dict())
+    optimizer = torch.optim.SGD((p for p in backbone.parameters() if p.requires_grad), lr=0.1)
+    sum(feature.square().mean() for feature in backbone.train()(images(2, 64))).backward()
+    optimizer.step()
+    return {key for key, value in backbone.state_dict().items() if not torch.equal(value, before[key])}
+
+
+FROZEN = {
+    'resnet18': {-1: (), 0: ('conv1.', 'bn1.'), 2: ('conv1.', 'bn1.', 'layer1.', 'layer2.')},
+    'vgg11': {-1: (), 0: ('features.0', 'features.1.', 'features.4', 'features.5')},
+}
+
+
+@pytest.mark.parametrize(('name', 'frozen_stages'), [(name, k) for name, cases in FROZEN.items() for k in cases])
+def test_frozen_stages(name, frozen_stages):
+    backbone = randomise(build(name, frozen_stages=frozen_stages))
+    changed = moved(backbone)
+    frozen = {key for key in base_keys(backbone) if key.startswith(FROZEN[name][frozen_stages])}
+    assert changed == set(backbone.state_dict()) - frozen
+
+
+def test_frozen_stages_up_to_the_last_freeze_the_base_and_not_the_gates():
+    for name in ('resnet18', 'vgg11'):
+        changed = moved(randomise(build(name, frozen_stages=4)))
+        assert changed
+        assert all(key.startswith('gating.') for key in changed)
+
+
+def test_norm_eval_keeps_the_statistics_of_the_base_network():
+    changed = moved(randomise(build(norm_eval=True)))
+    statistics = {key for key in changed if 'running' in key}
+    assert statistics
+    assert all(key.startswith('gating.') for key in statistics)
+    assert 'bn1.weight' in changed
+
+
+def test_freeze_gating_and_train_mode():
+    backbone = randomise(build(freeze_gating=True))
+    assert moved(backbone) == base_keys(backbone)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+def test_checkpointing_changes_no_gradient(name):
+    grads = []
+    for with_cp in (False, True):
+        backbone = randomise(build(name, with_cp=with_cp)).train()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            loss = sum(feature.square().mean() for feature in backbone(images(2, 64)))
+        loss.backward()
+        grads.append((sum(saved), {name: parameter.grad for name, parameter in backbone.named_parameters()}))
+    assert grads[1][0] < 0.7 * grads[0][0]
+    torch.testing.assert_close(grads[1][1], grads[0][1])
+
+
+@types
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2)])
+def test_sparse_backbones(name, out_indices):
+    backbone = randomise(build(name, out_indices=out_indices)).eval()
+    x = images(2, 64) * torch.tensor([0.3, 3])[:, None, None, None]
+    with torch.no_grad():
+        expected = backbone(x)
+    for feature, own in zip(sparsify(backbone)(x), expected, strict=True):
+        torch.testing.assert_close(feature, own, rtol=1e-4, atol=1e-5 * own.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'params', 'gmacs', 'without_shortcuts'),
+    [
+        (dict(gated=False), 23.508, 797.35, 705.0),
+        (dict(widen=1), 23.508, 797.35, 705.0),
+        (dict(widen=2), 66.834, 2260.9, 2168.5),
+        (dict(widen=2, gated=False), 66.834, 2260.9, 2168.5),
+    ],
+)
+def test_size_of_drn_on_cityscapes(kwargs, params, gmacs, without_shortcuts):
+    """DESIGN section 5, after Table 5; the gating network is not included."""
+    with torch.device('meta'):
+        backbone = MODELS.build(dict(type='DeepMoEDRN', depth=50, **kwargs))
+    count = sum(p.numel() for name, p in backbone.named_parameters() if not name.startswith('gating.'))
+    assert count / 1e6 == pytest.approx(params, abs=5e-4)
+    table = MacsTable(backbone, (1024, 2048))
+    assert table.dense(('base', 'shortcut', 'head')) / 1e9 == pytest.approx(gmacs, rel=5e-5)
+    assert table.dense(('base',)) / 1e9 == pytest.approx(without_shortcuts, abs=0.1)
+
+
+def test_macs_of_a_backbone_are_those_of_the_classifier_without_its_head():
+    backbone = randomise(build())
+    classifier = timm.create_model('narrow_deepmoe_resnet18')
+    classifier.load_state_dict(backbone.state_dict(), strict=False)
+    report, whole = count_macs(backbone, images(2, 64)), count_macs(classifier, images(2, 64))
+    assert torch.equal(report.total, whole.total - whole.by_group['head'])
+
+
+HEADS = {
+    'FCNHead': dict(in_index=3, channels=8, num_convs=1),
+    'PSPHead': dict(in_index=3, channels=8, pool_scales=(1, 2)),
+    'DepthwiseSeparableASPPHead': dict(in_index=3, channels=8, dilations=(1, 2), c1_channels=4),
+    'UPerHead': dict(in_index=[0, 1, 2, 3], channels=8, pool_scales=(1, 2)),
+}
+
+
+@pytest.mark.parametrize('head', HEADS)
+@pytest.mark.parametrize('name', ['resnet18', 'drn', 'vgg11'])
+def test_decode_heads_build_and_step(name, head, tmp_path):
+    widths = {'resnet18': (64, 128, 256, 512), 'drn': (256, 512, 1024, 2048), 'vgg11': (64, 128, 128, 128)}[name]
+    config = dict(type=head, in_channels=list(widths) if head == 'UPerHead' else widths[3], **HEADS[head])
+    if head == 'DepthwiseSeparableASPPHead':
+        config['c1_in_channels'] = widths[0]
+    model = segmentor(TYPES[name], head=config)
+    before = copy.deepcopy(model.state_dict())
+    make_runner(model, tmp_path, dict(type='DeepMoELossHook'), iters=1, interval=10).train()
+    trained = [key for key, _ in model.named_parameters()]
+    still = [key for key in trained if torch.equal(model.state_dict()[key], before[key])]
+    assert not [key for key in still if key != 'decode_head.conv_seg.bias'], still
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def checkpoint(kind, file):
+    """Save the weights of a network that fits `DeepMoEResNet(depth=18)`, and return them under timm's names."""
+    if kind == 'mmseg':
+        network = MODELS.build(dict(type='mmseg.ResNet', depth=18))
+    elif kind == 'torchvision':
+        import torchvision
+
+        network = torchvision.models.resnet18()
+    else:
+        network = timm.create_model('resnet18')
+    weights = randomise(network).state_dict()
+    content = weights
+    if kind == 'wrapped':
+        content = {'state_dict': {f'module.{key}': value for key, value in weights.items()}}
+    if kind == 'segmentor':
+        content = {
+            'meta': {'epoch': 3},
+            'state_dict': {f'backbone.{key}': value for key, value in weights.items() if not key.startswith('fc.')},
+        }
+        content['state_dict']['decode_head.conv_seg.weight'] = torch.zeros(5, 512, 1, 1)
+    if file.suffix == '.safetensors':
+        save_file({key: value.contiguous() for key, value in content.get('state_dict', content).items()}, file)
+    else:
+        torch.save(content, file)
+    return {key: value for key, value in weights.items() if not key.startswith('fc.')}
+
+
+def pretrained(file, **kwargs):
+    return dict(type='Pretrained', checkpoint=str(file), **kwargs)
+
+
+def loaded(file, **kwargs):
+    config = {'widen': 1, 'init_cfg': pretrained(file), **kwargs}
+    model = MODELS.build(segmentor_config(backbone_config(**config)))
+    model.init_weights()
+    return model.backbone
+
+
+@pytest.mark.parametrize('gated', [True, False])
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('kind', ['timm', 'torchvision', 'mmseg', 'segmentor', 'wrapped'])
+def test_pretrained(kind, suffix, gated, tmp_path):
+    weights = checkpoint(kind, tmp_path / f'weights{suffix}')
+    backbone = loaded(tmp_path / f'weights{suffix}', gated=gated)
+    own = {key: value for key, value in backbone.state_dict().items() if not key.startswith('gating.')}
+    torch.testing.assert_close(own, weights, rtol=0, atol=0)
+    if gated:
+        assert all((gate == 1).all() for gate in backbone.eval().gating(images(2, 64)))
+
+
+def test_pretrained_takes_a_checkpoint_of_a_runner_with_its_gates(tmp_path):
+    model = segmentor()
+    hooks = dict(type='DeepMoELossHook'), dict(type='GateStatisticsHook')
+    make_runner(model, tmp_path, *hooks, iters=1).train()
+    backbone = loaded(tmp_path / 'iter_1.pth', widen=0.25)
+    torch.testing.assert_close(backbone.state_dict(), model.backbone.state_dict(), rtol=0, atol=0)
+    part = loaded(tmp_path / 'iter_1.pth', widen=0.25, init_cfg=pretrained(tmp_path / 'iter_1.pth', prefix='backbone.'))
+    torch.testing.assert_close(part.state_dict(), model.backbone.state_dict(), rtol=0, atol=0)
+    # What an mmengine without its own allowance, as the upstream one, does on resume:
+    assert torch.load(tmp_path / 'iter_1.pth', weights_only=True)['message_hub']['log_scalars']
+
+
+def test_pretrained_comes_after_every_other_initialisation(tmp_path):
+    weights = checkpoint('timm', tmp_path / 'weights.pth')
+    kaiming = dict(type='Kaiming', layer='Conv2d')
+    backbone = loaded(tmp_path, init_cfg=[dict(pretrained(tmp_path / 'weights.pth'), type=PretrainedInit), kaiming])
+    torch.testing.assert_close(backbone.conv1.weight, weights['conv1.weight'], rtol=0, atol=0)
+    torch.manual_seed(0)
+    constant = loaded(tmp_path, init_cfg=dict(type='Constant', layer='Conv2d', val=0.5))
+    assert (constant.layer1[0].conv2.weight == 0.5).all()
+
+
+def test_pretrained_without_the_stages_after_the_last_output(tmp_path):
+    weights = checkpoint('torchvision', tmp_path / 'weights.pth')
+    head = dict(type='FCNHead', in_channels=128, in_index=1, channels=8, num_convs=1, concat_input=False)
+    config = backbone_config(widen=1, out_indices=(0, 1), init_cfg=pretrained(tmp_path / 'weights.pth'))
+    model = MODELS.build(segmentor_config(config, head))
+    model.init_weights()
+    assert 'backbone.layer3.0.conv1.weight' not in model.state_dict()
+    torch.testing.assert_close(model.backbone.layer2[1].bn2.bias, weights['layer2.1.bn2.bias'], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_pretrained_vgg(suffix, tmp_path):
+    network = randomise(timm.create_model('vgg11_bn', mlp_ratio=1 / 64))
+    file = tmp_path / f'vgg{suffix}'
+    save_file(network.state_dict(), file) if suffix == '.safetensors' else torch.save(network.state_dict(), file)
+    backbone = build('vgg11', widen=1, out_indices=(0, 2), init_cfg=pretrained(file))
+    backbone.init_weights()
+    features = backbone.eval()(images(1, 64))
+    expected = network.eval().forward_intermediates(images(1, 64), indices=[2, 4], intermediates_only=True)
+    torch.testing.assert_close(list(features), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_old_argument_pretrained(tmp_path):
+    weights = checkpoint('timm', tmp_path / 'weights.pth')
+    with pytest.warns(DeprecationWarning, match='init_cfg'):
+        backbone = MODELS.build(backbone_config(widen=1, pretrained=str(tmp_path / 'weights.pth')))
+    backbone.init_weights()
+    torch.testing.assert_close(backbone.bn1.weight, weights['bn1.weight'], rtol=0, atol=0)
+    assert MODELS.build(backbone_config(pretrained=None)).init_cfg is None
+
+
+class TestCheckpointsThatDoNotFit:
+    def refused(self, file, *words, error=ValueError, **kwargs):
+        with pytest.raises(error) as caught:
+            loaded(file, **kwargs)
+        for word in (*words, str(file)):
+            assert word in str(caught.value)
+
+    def test_tensors_missing(self, tmp_path):
+        weights = checkpoint('timm', tmp_path / 'weights.pth')
+        del weights['layer3.1.bn2.weight'], weights['layer2.0.conv1.weight']
+        torch.save(weights, tmp_path / 'part.pth')
+        self.refused(
+            tmp_path / 'part.pth', '2 missing', 'layer2.0.conv1.weight', 'layer3.1.bn2.weight', 'DeepMoEResNet(depth=18'
+        )
+
+    def test_other_depth(self, tmp_path):
+        checkpoint('timm', tmp_path / 'weights.pth')
+        self.refused(tmp_path / 'weights.pth', 'missing', 'layer1.2.bn1.weight', 'depth=34', depth=34)
+
+    @pytest.mark.parametrize('gated', [True, False])
+    def test_other_width(self, gated, tmp_path):
+        checkpoint('timm', tmp_path / 'weights.pth')
+        with pytest.raises(ValueError, match=r'layer1.0.conv1.weight has shape \(64, .*\(128, .*`widen`'):
+            loaded(tmp_path / 'weights.pth', widen=2, gated=gated)
+
+    def test_deep_stem(self, tmp_path):
+        network = MODELS.build(dict(type='mmseg.ResNetV1c', depth=18))
+        torch.save({'state_dict': network.state_dict()}, tmp_path / 'v1c.pth')
+        self.refused(tmp_path / 'v1c.pth', 'deep stem', 'ResNetV1c')
+
+    def test_gates_for_a_dense_network(self, tmp_path):
+        torch.save(build(widen=1).state_dict(), tmp_path / 'gated.pth')
+        self.refused(tmp_path / 'gated.pth', 'unknown', 'gating.', gated=False)
+
+    def test_no_file(self, tmp_path):
+        self.refused(tmp_path / 'nowhere.pth', 'init_cfg', error=FileNotFoundError)
+
+    def test_prefix(self, tmp_path):
+        checkpoint('timm', tmp_path / 'weights.pth')
+        self.refused(
+            tmp_path / 'weights.pth', "'encoder.'", init_cfg=pretrained(tmp_path / 'weights.pth', prefix='encoder')
+        )
+
+    def test_code_is_not_run(self, tmp_path):
+        class Harm:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / 'harm'),)
+
+        (tmp_path / 'harm.pth').write_bytes(pickle.dumps({'conv1.weight': Harm()}))
+        self.refused(tmp_path / 'harm.pth')
+        torch.save({'conv1.weight': Harm()}, tmp_path / 'harm.pth')
+        self.refused(tmp_path / 'harm.pth', 'more than tensors')
+        assert not (tmp_path / 'harm').exists()
+
+    def test_getattr_fetches_nothing_but_log_histories(self, tmp_path):
+        class Sneaky:
+            def __reduce__(self):
+                return getattr, (torch.Tensor, 'numpy')
+
+        torch.save({'conv1.weight': Sneaky()}, tmp_path / 'sneaky.pth')
+        self.refused(tmp_path / 'sneaky.pth', 'more than tensors')
+
+
+def test_torchvision_addresses(tmp_path, monkeypatch):
+    weights = checkpoint('torchvision', tmp_path / 'weights.pth')
+    asked = []
+
+    def download(url, **kwargs):
+        asked.append(url)
+        return torch.load(tmp_path / 'weights.pth', weights_only=kwargs['weights_only'])
+
+    monkeypatch.setattr(torch.hub, 'load_state_dict_from_url', download)
+    backbone = loaded('torchvision://resnet18')
+    assert asked[0].startswith('https://')
+    assert 'resnet18' in asked[0]
+    torch.testing.assert_close(backbone.bn1.bias, weights['bn1.bias'], rtol=0, atol=0)
+
+
+def test_weights_of_the_backbone_are_those_of_the_timm_model(tmp_path):
+    """A segmentor's backbone and a timm classifier exchange weights, gates included."""
+    model = segmentor(dict(type='DeepMoEResNet', depth=18))
+    classifier = timm.create_model('narrow_deepmoe_resnet18', num_classes=CLASSES)
+    missing = classifier.load_state_dict(model.backbone.state_dict(), strict=False)
+    assert missing.missing_keys == ['fc.weight', 'fc.bias']
+    assert not missing.unexpected_keys
+    features = classifier.eval().forward_features(images(2, 64))
+    torch.testing.assert_close(model.backbone.eval()(images(2, 64))[3], features, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('gated', [True, False])
+def test_copies(gated):
+    backbone = randomise(build(gated=gated)).eval()
+    for twin in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        torch.testing.assert_close(twin(images(1, 64)), backbone(images(1, 64)), rtol=0, atol=0)
+
+
+def test_the_rest_of_the_package_needs_no_mmseg():
+    code = 'import sys; sys.modules.update(mmengine=None, mmcv=None, mmseg=None); import deepmoe_plugin'
+    subprocess.run([sys.executable, '-c', code], check=True)
