@@ -170,6 +170,9 @@ def test_train_pipeline(path: Path, roots: dict[str, Path]) -> None:
     dataset = DATASETS.build({**config.train_dataloader.dataset, 'data_root': str(roots[dataset_of(path.stem)])})
     preprocessor = MODELS.build(config.model.data_preprocessor)
     samples = [dataset[0] for _ in range(config.train_dataloader.batch_size)]
+    for sample in samples:
+        width, height = np.multiply(DATA[dataset_of(path.stem)][0], sample['data_samples'].scale_factor)
+        assert sample['inputs'].shape[1:] == tuple(np.minimum(config.crop_size, (round(height), round(width))))
     batch = preprocessor({key: [sample[key] for sample in samples] for key in samples[0]}, training=True)
     assert batch['inputs'].shape == (len(samples), 3, *config.crop_size)
     assert batch['inputs'].std() > 0.1
