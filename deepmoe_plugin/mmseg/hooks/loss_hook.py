@@ -19,7 +19,7 @@ def class_presence(data_samples: Any, num_classes: int, ignore_index: int) -> Te
     Raises:
         ValueError: the samples hold no segmentation maps.
     """
-    if not all('gt_sem_seg' in sample for sample in data_samples):
+    if not all(hasattr(sample, 'gt_sem_seg') for sample in data_samples):
         raise ValueError(
             'embed_loss_weight > 0 needs the classes that an image shows, read from gt_sem_seg of the data samples, '
             'which these do not have: set embed_loss_weight=0.'
