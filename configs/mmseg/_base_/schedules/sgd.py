@@ -1,0 +1,16 @@
+# What all schedules share. The gate heads are spared weight decay: it would close gates whose loss wants them open.
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='SGD', momentum=0.9),
+    paramwise_cfg=dict(custom_keys={'gating.heads': dict(decay_mult=0.0)}),
+)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=50),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(type='CheckpointHook'),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    visualization=dict(type='SegVisualizationHook'),
+)

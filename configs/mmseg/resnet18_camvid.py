@@ -1,0 +1,7 @@
+_base_ = [
+    './_base_/models/fcn_resnet18.py',
+    './_base_/datasets/camvid_240x240.py',
+    './_base_/schedules/schedule_1k.py',
+    './_base_/default_runtime.py',
+]
+model = dict(data_preprocessor=dict(size=_base_.crop_size), decode_head=dict(num_classes=11))

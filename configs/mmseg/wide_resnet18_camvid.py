@@ -1,0 +1,2 @@
+_base_ = './resnet18_camvid.py'
+model = dict(backbone=dict(widen=2))

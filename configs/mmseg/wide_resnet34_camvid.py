@@ -1,0 +1,2 @@
+_base_ = './wide_resnet18_camvid.py'
+model = dict(backbone=dict(depth=34))

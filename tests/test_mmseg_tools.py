@@ -1,0 +1,262 @@
+"""tools/train.py, test.py and street_scenes.py as a user runs them, and mmseg's own train.py on our configs."""
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip('mmseg')
+
+import mmseg
+from mmseg.datasets import CityscapesDataset
+
+from deepmoe_plugin.mmseg import SparseInferenceHook
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT / 'tools'
+CITYSCAPES = ROOT / 'configs/mmseg/drn50_cityscapes.py'
+STREETS = ROOT / 'configs/mmseg/deepmoe_resnet18_street_scenes.py'
+MMSEG_TRAIN = Path(mmseg.__file__).parent / '.mim/tools/train.py'
+
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a script of tools/ in this process."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+    def run(script: str | Path, *args: object) -> None:
+        monkeypatch.setattr(sys, 'argv', [str(script), *map(str, args)])
+        runpy.run_path(str(TOOLS / script), run_name='__main__')
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('scenes')
+    size = ('--width', '128', '--height', '64')
+    command = [sys.executable, str(TOOLS / 'street_scenes.py'), str(folder), '--train', '4', '--val', '2', *size]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def small_config(scenes: Path) -> Path:
+    """The config of the quick start with a network, images and a schedule that take a second."""
+    path = scenes / 'small.py'
+    loader = f'num_workers=0, persistent_workers=False, dataset=dict(data_root={str(scenes)!r})'
+    path.write_text(
+        f'_base_ = {str(STREETS)!r}\n'
+        'model = dict(backbone=dict(widen=0.25), data_preprocessor=dict(size=(64, 64)))\n'
+        f'train_dataloader = dict(batch_size=2, {loader})\n'
+        f'val_dataloader = dict({loader})\n'
+        f'test_dataloader = dict({loader})\n'
+        'train_cfg = dict(max_iters=4, val_interval=4)\n'
+        'default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))\n'
+        'crop_size = (64, 64)\n'
+        'train_pipeline = [dict(step, crop_size=crop_size) if step.type == "RandomCrop" else step\n'
+        '                  for step in _base_.train_pipeline]\n'
+        'train_dataloader["dataset"]["pipeline"] = train_pipeline\n'
+    )
+    return path
+
+
+@pytest.fixture(scope='module')
+def checkpoint(small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a training that was killed after a checkpoint and then resumed."""
+    work_dir = tmp_path_factory.mktemp('work')
+    train = [sys.executable, str(TOOLS / 'train.py'), str(small_config), '--work-dir', str(work_dir)]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    log = work_dir / 'log'
+    with log.open('w') as file:
+        endless = [*train, '--cfg-options', 'train_cfg.max_iters=10000']
+        process = subprocess.Popen(endless, env=environment, stdout=file, stderr=file)
+        deadline = time.monotonic() + 200
+        while not (work_dir / 'last_checkpoint').exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    killed_at = int(Path((work_dir / 'last_checkpoint').read_text()).stem.removeprefix('iter_'))
+    last = killed_at + 2
+    options = ['--resume', '--cfg-options', f'train_cfg.max_iters={last}']
+    result = subprocess.run([*train, *options], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    log = result.stdout + result.stderr
+    assert f'[{killed_at + 1}/{last}]' in log.replace(' ', '')
+    assert f'[{killed_at}/{last}]' not in log.replace(' ', '')
+    return work_dir / f'iter_{last}.pth'
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob('*.png'))}
+
+
+@pytest.fixture
+def draw(run: Run, tmp_path: Path) -> Callable[..., dict[str, bytes]]:
+    def draw(name: str, seed: int) -> dict[str, bytes]:
+        size = ('--width', 96, '--height', 48)
+        run('street_scenes.py', tmp_path / name, '--train', 2, '--val', 1, *size, '--seed', seed)
+        return files(tmp_path / name)
+
+    return draw
+
+
+def test_scenes_depend_on_the_seed_alone(draw: Callable[..., dict[str, bytes]]) -> None:
+    first = draw('a', 1)
+    assert draw('b', 1) == first
+    other = draw('c', 2)
+    assert list(other) == list(first)
+    assert all(other[name] != first[name] for name in first)
+    assert len(set(first.values())) == len(first)
+
+
+def test_scenes_look_like_cityscapes_to_mmseg(scenes: Path) -> None:
+    dataset = CityscapesDataset(
+        data_root=str(scenes), data_prefix=dict(img_path='leftImg8bit/train', seg_map_path='gtFine/train')
+    )
+    assert len(dataset) == 4
+    counts = np.zeros(256, int)
+    for info in dataset:
+        assert Image.open(info['img_path']).size == Image.open(info['seg_map_path']).size == (128, 64)
+        counts += np.bincount(np.asarray(Image.open(info['seg_map_path'])).ravel(), minlength=256)
+    assert set(counts.nonzero()[0]) <= {*range(19), 255}
+    names = np.array(dataset.metainfo['classes'])
+    assert {'road', 'sidewalk', 'building', 'vegetation', 'sky', 'car'} <= set(names[counts[:19] > 0])
+    assert counts[255] < 0.05 * counts.sum()
+
+
+@pytest.mark.parametrize('args', [('--train', 0), ('--width', 0)])
+def test_scenes_of_no_size_are_refused(run: Run, tmp_path: Path, args: tuple, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run('street_scenes.py', tmp_path, *args)
+    assert f'{args[0]} must be at least 1' in capsys.readouterr().err
+
+
+def test_resumed_training_can_be_tested(
+    run: Run, checkpoint: Path, small_config: Path, scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    run('test.py', small_config, checkpoint, '--work-dir', tmp_path, '--show-dir', tmp_path / 'pictures', '--out',
+        tmp_path / 'labels')  # fmt: skip
+    printed = capfd.readouterr()
+    assert all(name in printed.out + printed.err for name in ('mIoU', 'kept_experts', 'gmacs'))
+    pictures, labels = (sorted((tmp_path / name).glob('*.png')) for name in ('pictures', 'labels'))
+    inputs = sorted((scenes / 'leftImg8bit/val').rglob('*.png'))
+    assert [path.stem for path in pictures] == [path.stem for path in labels] == [path.stem for path in inputs]
+    palette = np.array(CityscapesDataset.METAINFO['palette'], np.uint8)
+    for picture, predicted, path in zip(pictures, labels, inputs, strict=True):
+        image, truth, prediction = np.split(np.asarray(Image.open(picture)), 3, axis=1)
+        assert np.array_equal(image, np.asarray(Image.open(path)))
+        assert np.array_equal(prediction, palette[np.asarray(Image.open(predicted))])
+        stem = path.name.removesuffix('_leftImg8bit.png')
+        known = np.asarray(Image.open(next(scenes.rglob(f'{stem}_gtFine_labelTrainIds.png'))))
+        assert np.array_equal(truth[known < 255], palette[known[known < 255]])
+        assert not truth[known == 255].any()
+
+
+SWAP = SparseInferenceHook._swap
+SLIDE = ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size=64,64', 'model.test_cfg.stride=32,32']
+
+
+@pytest.mark.parametrize(
+    'options', [['--sparse'], ['--tta'], ['--cfg-options', *SLIDE]], ids=['sparse', 'tta', 'slide']
+)
+def test_other_ways_to_test(
+    run: Run,
+    checkpoint: Path,
+    small_config: Path,
+    tmp_path: Path,
+    options: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sparse execution predicts the same; windows and augmentations do not, quite."""
+    state = torch.load(checkpoint, weights_only=False)
+    for name in ('backbone.gating.heads.weight', 'decode_head.conv_seg.weight'):  # all open, all the same class so far
+        state['state_dict'][name].normal_(generator=torch.Generator().manual_seed(0))
+    torch.save(state, tmp_path / 'random.pth')
+    swapped = []
+    monkeypatch.setattr(SparseInferenceHook, '_swap', lambda self, runner: swapped.append(SWAP(self, runner)))
+    predictions = []
+    for name, extra in (('plain', []), ('other', options)):
+        run('test.py', small_config, tmp_path / 'random.pth', '--work-dir', tmp_path, '--out', tmp_path / name, *extra)
+        predictions.append([np.asarray(Image.open(path)) for path in sorted((tmp_path / name).glob('*.png'))])
+    same = np.mean(np.equal(*predictions))
+    sparse = options == ['--sparse']
+    assert len(swapped) == sparse
+    assert same > 0.999 if sparse else 0.3 < same < 1
+
+
+def test_mmseg_train_py_runs_our_configs(run: Run, small_config: Path, tmp_path: Path) -> None:
+    run(MMSEG_TRAIN, small_config, '--work-dir', tmp_path, '--cfg-options', 'train_cfg.max_iters=2')
+    state = torch.load(tmp_path / 'iter_2.pth', weights_only=False)['state_dict']
+    assert 'backbone.gating.heads.weight' in state
+
+
+def refused(run: Run, capsys: pytest.CaptureFixture, *args: object) -> str:
+    with pytest.raises(SystemExit) as error:
+        run(*args)
+    assert error.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_missing_config(run: Run, capsys: pytest.CaptureFixture) -> None:
+    message = refused(run, capsys, 'train.py', CITYSCAPES.with_stem('drn50_cityscape'))
+    assert 'drn50_cityscape.py does not exist; did you mean drn50_cityscapes' in message
+
+
+def test_unknown_option(run: Run, capsys: pytest.CaptureFixture) -> None:
+    message = refused(run, capsys, 'train.py', CITYSCAPES, '--cfg-options', 'modle.backbone.widen=2')
+    assert 'the config has no key modle; did you mean model?' in message
+
+
+def test_missing_checkpoint(run: Run, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert 'nothing.pth does not exist' in refused(run, capsys, 'test.py', STREETS, tmp_path / 'nothing.pth')
+
+
+def test_missing_data(run: Run, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    option = f'train_dataloader.dataset.data_root={tmp_path}/nowhere'
+    message = refused(run, capsys, 'train.py', CITYSCAPES, '--cfg-options', option)
+    assert f'train_dataloader: folder {tmp_path}/nowhere/leftImg8bit/train does not exist' in message
+    assert 'leftImg8bit_trainvaltest.zip' in message
+
+
+def test_missing_camvid(run: Run, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    config = CITYSCAPES.with_stem('resnet18_camvid')
+    message = refused(
+        run, capsys, 'train.py', config, '--cfg-options', f'train_dataloader.dataset.data_root={tmp_path}'
+    )
+    assert f'folder {tmp_path}/img_dir/train does not exist' in message
+    assert 'CityScapes' not in message
+
+
+@pytest.mark.parametrize(('left', 'message'), [(0, '4 of 4 images'), (3, '1 of 4 images')])
+def test_half_converted_data(
+    run: Run, capsys: pytest.CaptureFixture, scenes: Path, tmp_path: Path, left: int, message: str
+) -> None:
+    root = tmp_path / 'data'
+    shutil.copytree(scenes, root)
+    for path in sorted((root / 'gtFine/train').rglob('*_labelTrainIds.png'))[left:]:
+        path.unlink()
+    error = refused(run, capsys, 'train.py', CITYSCAPES, '--cfg-options', f'train_dataloader.dataset.data_root={root}')
+    assert message in error
+    assert f'CITYSCAPES_DATASET={root} csCreateTrainIdLabelImgs' in error
+
+
+def test_no_images(run: Run, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / 'leftImg8bit/train').mkdir(parents=True)
+    option = f'train_dataloader.dataset.data_root={tmp_path}'
+    assert 'no *_leftImg8bit.png in folder' in refused(run, capsys, 'train.py', CITYSCAPES, '--cfg-options', option)
