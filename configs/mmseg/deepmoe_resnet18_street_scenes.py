@@ -1,3 +1,3 @@
 _base_ = './resnet18_street_scenes.py'
-model = dict(backbone=dict(gated=True, target_kept=0.5, gate_loss_weight=200.0))
+model = dict(backbone=dict(gated=True, target_kept=0.5))
 custom_hooks = [*_base_.custom_hooks, dict(type='DeepMoELossHook')]
