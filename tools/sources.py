@@ -1,6 +1,7 @@
 """The networks, checkpoints and images that a command line names."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -175,3 +176,33 @@ def create_images(args: argparse.Namespace, settings: dict[str, Any]) -> Images:
     )
     files = dataset.filenames() if reader is not None else []
     return Images(loader, classes, files, config['mean'], config['std'])
+
+
+def read_groups(path: Path, classes: Sequence[str]) -> list[str]:
+    """The group of each class, from a JSON that maps classes to groups, or that lists them as CIFAR-100 does.
+
+    Raises:
+        ValueError: the file is no such JSON, or leaves a class out.
+    """
+    try:
+        groups = json.loads(path.read_text())
+        if 'fine_to_coarse' in groups:
+            names = groups.get('coarse_classes') or [str(i) for i in range(1 + max(groups['fine_to_coarse']))]
+            groups = dict(zip(groups['classes'], (names[i] for i in groups['fine_to_coarse']), strict=True))
+        return [str(groups[name]) for name in classes]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f'--groups {path} is no JSON of classes and their groups ({error!r}).') from error
+    except KeyError as error:
+        raise ValueError(f'--groups {path} leaves out {error}: give every class its group.') from error
+
+
+def class_indices(names: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Labels of the classes.
+
+    Raises:
+        ValueError: the images have no such class.
+    """
+    unknown = sorted(set(names) - set(classes))
+    if unknown:
+        raise ValueError(f'The images have no class {unknown[0]}: --classes takes {", ".join(classes)}.')
+    return [list(classes).index(name) for name in names]
