@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
+from shuffling import Rows, group_means, shuffle_mixtures
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from shuffling import Rows, group_means, shuffle_mixtures
 from sources import NETWORK_HELP, add_image_arguments, add_network_arguments, class_indices, read_groups
 from subject import look
 from torch import nn
@@ -55,7 +55,7 @@ def read_points(args: argparse.Namespace) -> Rows:
 def pareto(args: argparse.Namespace) -> Result:
     """accuracy against MACs of several runs (Fig. 3)"""
     points = read_points(args)
-    return figures.draw_accuracy(points, 'gmacs', 'GMACs per image, gating network included'), points
+    return figures.draw_accuracy(points), points
 
 
 def width(args: argparse.Namespace) -> Result:
@@ -119,7 +119,7 @@ def histogram(args: argparse.Namespace) -> Result:
     rows = [
         {**subject.describe(i), 'kept_experts': f'{kept[i]:.6g}', 'gmacs': f'{gmacs[i]:.6g}'} for i in range(len(kept))
     ]
-    return figures.draw_histogram(kept, gmacs), rows
+    return figures.draw_histogram(kept, gmacs, sum(subject.stats.widths)), rows
 
 
 def extremes(args: argparse.Namespace) -> Result:
@@ -130,13 +130,16 @@ def extremes(args: argparse.Namespace) -> Result:
     count = min(args.count, len(order))
     sides = {'cheapest': order[:count], 'most expensive': order[::-1][:count]}
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (subject.images.mean, subject.images.std))
+    factor, unit = figures.unit_of(gmacs)
     rows, pictures = [], []
     for side, indices in sides.items():
         line = []
         for i in indices:
             row = {'side': side, **subject.describe(i), 'kept_experts': f'{kept[i]:.6g}', 'gmacs': f'{gmacs[i]:.6g}'}
             picture = (subject.images.loader.dataset[i][0] * std + mean).clamp(0, 1).permute(1, 2, 0)
-            line.append((picture.numpy(), f'{row["class"]}\n{gmacs[i]:.4g} GMACs\n{100 * kept[i]:.0f} % kept'))
+            line.append(
+                (picture.numpy(), f'{row["class"]}\n{factor * gmacs[i]:.4g} {unit}\n{100 * kept[i]:.0f} % kept')
+            )
             rows.append(row)
         pictures.append(line)
     return figures.draw_extremes(*pictures), rows

@@ -22,25 +22,33 @@ MAX_KINDS = len(COLOURS) * len(MARKERS)
 """As many kinds of points can be told apart."""
 
 
-def draw_accuracy(points: Sequence[dict[str, Any]], x: str, x_label: str) -> Figure:
-    """Accuracy against another number of the same runs, a line through the means of each series (Fig. 3).
+def unit_of(gmacs: Any) -> tuple[float, str]:
+    """The factor and the name of a unit in which these MACs, given in units of 1e9, are easy to read."""
+    return (1.0, 'GMACs') if np.max(np.asarray(gmacs)) >= 0.1 else (1e3, 'MMACs')
+
+
+def draw_accuracy(points: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy against MACs, a line through the means of each series (Fig. 3).
 
     Args:
-        points: with `series`, `top1`, the key `x`, and `setting`, which runs with different seeds share.
+        points: one for each run, with `series`, `top1`, `gmacs`, and `setting`, which runs with other seeds share.
     """
+    factor, unit = unit_of([point['gmacs'] for point in points])
     figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
-    _draw_series(axes, points, x, 'top1')
-    axes.set(xlabel=x_label, ylabel='top-1 accuracy (%)')
+    _draw_series(axes, [{**point, 'macs': factor * point['gmacs']} for point in points], 'macs', 'top1')
+    axes.set(xlabel=f'{unit} per image, gating network included', ylabel='top-1 accuracy (%)')
     return figure
 
 
 def draw_width(points: Sequence[dict[str, Any]]) -> Figure:
-    """Accuracy and MACs against the width of the gated layers (Fig. 5); `points` as in `draw_accuracy`."""
+    """Accuracy and MACs against the width of the gated layers (Fig. 5); `points` as above, with `width`."""
+    factor, unit = unit_of([point['gmacs'] for point in points])
+    points = [{**point, 'macs': factor * point['gmacs']} for point in points]
     figure, (accuracy, macs) = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
     _draw_series(accuracy, points, 'width', 'top1')
-    _draw_series(macs, points, 'width', 'gmacs')
+    _draw_series(macs, points, 'width', 'macs')
     accuracy.set(xlabel='width of the gated layers (times the base)', ylabel='top-1 accuracy (%)')
-    macs.set(xlabel='width of the gated layers (times the base)', ylabel='GMACs per image', ylim=(0, None))
+    macs.set(xlabel='width of the gated layers (times the base)', ylabel=f'{unit} per image', ylim=(0, None))
     return figure
 
 
@@ -117,7 +125,8 @@ def draw_experts(usage: Tensor, layers: Sequence[str], widths: Sequence[int], cl
         squeeze=False,
     )  # fmt: skip
     for axis, layer, part in zip(axes[0], layers, usage.split(list(widths), dim=1), strict=True):
-        image = _heat_map(axis, 100 * part[:, part.mean(0).argsort(descending=True)])
+        order = part.mean(0).argsort(descending=True)
+        image = axis.imshow(100 * part[:, order], aspect='auto', cmap='cividis', vmin=0, vmax=100, interpolation='none')
         axis.set(title=f'{layer}\n{100 * part.mean():.0f} %', xlabel='expert, by use')
     _name_rows(axes[0, 0], classes)
     figure.suptitle('Experts kept in each gated layer (percentage: average), by the class of the image')
@@ -133,17 +142,14 @@ def draw_layers(usage: Tensor, layers: Sequence[str], classes: Sequence[str]) ->
         layers: name of each layer.
         classes: name of each class.
     """
-    figure, axes = plt.subplots(figsize=(2.5 + 0.35 * len(layers), 1 + _height(classes)), layout='constrained')
-    image = _heat_map(axes, 100 * usage)
+    size = (max(5, 3 + 0.35 * len(layers)), 1 + _height(classes))
+    figure, axes = plt.subplots(figsize=size, layout='constrained')
+    image = axes.imshow(100 * usage, aspect='auto', cmap='cividis', interpolation='none')
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
     axes.set_xlabel('gated layer')
     _name_rows(axes, classes)
     figure.colorbar(image, ax=axes, label='experts kept (%)')
     return figure
-
-
-def _heat_map(axes: Any, values: Tensor) -> Any:
-    return axes.imshow(values, aspect='auto', cmap='cividis', vmin=0, vmax=100, interpolation='none')
 
 
 def _height(classes: Sequence[str]) -> float:
@@ -155,21 +161,26 @@ def _name_rows(axes: Any, classes: Sequence[str]) -> None:
     axes.set_ylabel('class of the image')
 
 
-def draw_histogram(kept: Tensor, gmacs: Tensor) -> Figure:
+def draw_histogram(kept: Tensor, gmacs: Tensor, num_experts: int) -> Figure:
     """How many images keep how many experts, and what they cost.
 
     Args:
         kept: fraction of experts that each image keeps.
         gmacs: MACs of each image in units of 1e9.
+        num_experts: of all layers together.
     """
+    factor, unit = unit_of(gmacs)
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout='constrained')
-    quantities = ((100 * kept, 'experts kept (%)'), (gmacs, 'GMACs per image'))
-    for axes, (values, label) in zip(panels, quantities, strict=True):
-        axes.hist(values.numpy(), bins=40, color=COLOURS[0])
-        axes.axvline(values.mean().item(), color=COLOURS[1], label=f'mean {values.mean():.4g}')
-        axes.set_xlabel(label)
+    counts = (kept * num_experts).round().numpy()
+    step = max(1, round(np.ptp(counts) / 30))  # bars of unequal numbers of counts would look like peaks
+    edges = np.arange(counts.min() - 0.5, counts.max() + step, step)
+    panels[0].hist(100 * counts / num_experts, bins=100 * edges / num_experts, color=COLOURS[0])
+    panels[1].hist(factor * gmacs.numpy(), bins=30, color=COLOURS[0])
+    for axes, values, label in zip(panels, (100 * kept, factor * gmacs), ('%', unit), strict=True):
+        axes.axvline(values.mean().item(), color=COLOURS[1], label=f'mean {values.mean():.4g} {label}')
         axes.legend()
-    panels[0].set_ylabel('images')
+    panels[0].set(xlabel='experts kept (%)', ylabel='images')
+    panels[1].set_xlabel(f'{unit} per image')
     return figure
 
 
@@ -199,7 +210,7 @@ def draw_embedding(points: np.ndarray, kinds: Sequence[str], axis_labels: tuple[
     figure, axes = plt.subplots(figsize=(7.5, 5.5), layout='constrained')
     for i, kind in enumerate(sorted(set(kinds))):
         chosen = points[[name == kind for name in kinds]]
-        style = {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i // len(COLOURS)]}
+        style = {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
         axes.scatter(*chosen.T, s=12, alpha=0.7, linewidths=0, label=kind, **style)
     axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
     axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=1.5)
@@ -208,13 +219,17 @@ def draw_embedding(points: np.ndarray, kinds: Sequence[str], axis_labels: tuple[
 
 def draw_dead(layers: Sequence[str], dead: Sequence[float], always: Sequence[float]) -> Figure:
     """Part of each layer's experts (%) that no image keeps, and that every image keeps."""
-    figure, axes = plt.subplots(figsize=(2.5 + 0.35 * len(layers), 4), layout='constrained')
+    figure, axes = plt.subplots(figsize=(max(6, 2.5 + 0.45 * len(layers)), 4), layout='constrained')
     places = np.arange(len(layers))
-    axes.bar(places - 0.2, dead, width=0.4, color=COLOURS[1], label='kept by no image (dead)')
-    axes.bar(places + 0.2, always, width=0.4, color=COLOURS[0], label='kept by every image')
+    for shift, values, colour, label in (
+        (-0.2, dead, COLOURS[1], 'kept by no image (dead)'),
+        (0.2, always, COLOURS[0], 'kept by every image'),
+    ):
+        bars = axes.bar(places + shift, values, width=0.4, color=colour, label=label)
+        axes.bar_label(bars, fmt='%.0f', fontsize=7)
     axes.set_xticks(places, layers, rotation=90, fontsize=8)
-    axes.set(xlabel='gated layer', ylabel='experts of the layer (%)', ylim=(0, 100))
-    axes.legend()
+    axes.set(xlabel='gated layer', ylabel='experts of the layer (%)', ylim=(0, 105))
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return figure
 
 
@@ -230,5 +245,7 @@ def draw_similarity(similarity: Tensor, classes: Sequence[str], groups: Sequence
         if groups and groups[i] != groups[i - 1]:
             axes.axhline(i - 0.5, color='black', linewidth=0.5)
             axes.axvline(i - 0.5, color='black', linewidth=0.5)
-    figure.colorbar(image, ax=axes, label='cosine of the experts kept more or less often than on average', shrink=0.8)
+    figure.colorbar(
+        image, ax=axes, label='cosine of the experts kept more or less often than on average', shrink=0.8, pad=0.02
+    )
     return figure
