@@ -126,7 +126,9 @@ def draw_experts(usage: Tensor, layers: Sequence[str], widths: Sequence[int], cl
     )  # fmt: skip
     for axis, layer, part in zip(axes[0], layers, usage.split(list(widths), dim=1), strict=True):
         order = part.mean(0).argsort(descending=True)
-        image = axis.imshow(100 * part[:, order], aspect='auto', cmap='cividis', vmin=0, vmax=100, interpolation='none')
+        image = axis.imshow(
+            100 * part[:, order].numpy(), aspect='auto', cmap='cividis', vmin=0, vmax=100, interpolation='none'
+        )
         axis.set(title=f'{layer}\n{100 * part.mean():.0f} %', xlabel='expert, by use')
     _name_rows(axes[0, 0], classes)
     figure.suptitle('Experts kept in each gated layer (percentage: average), by the class of the image')
@@ -144,7 +146,7 @@ def draw_layers(usage: Tensor, layers: Sequence[str], classes: Sequence[str]) ->
     """
     size = (max(5, 3 + 0.35 * len(layers)), 1 + _height(classes))
     figure, axes = plt.subplots(figsize=size, layout='constrained')
-    image = axes.imshow(100 * usage, aspect='auto', cmap='cividis', interpolation='none')
+    image = axes.imshow(100 * usage.numpy(), aspect='auto', cmap='cividis', interpolation='none')
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
     axes.set_xlabel('gated layer')
     _name_rows(axes, classes)
@@ -237,7 +239,7 @@ def draw_similarity(similarity: Tensor, classes: Sequence[str], groups: Sequence
     """Similarity of classes, -1..1; lines between groups, whose classes must stand together."""
     size = 2 + _height(classes)
     figure, axes = plt.subplots(figsize=(size + 1, size), layout='constrained')
-    image = axes.imshow(similarity, cmap='PuOr_r', vmin=-1, vmax=1, interpolation='none')
+    image = axes.imshow(similarity.numpy(), cmap='PuOr_r', vmin=-1, vmax=1, interpolation='none')
     fontsize = 8 if len(classes) <= 30 else 6
     axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=fontsize)
     axes.set_yticks(range(len(classes)), classes, fontsize=fontsize)
