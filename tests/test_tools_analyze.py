@@ -258,8 +258,8 @@ def runs(folder, tmp_path_factory):
     for name, network in (
         ('dense1', ['resnet20_cifar', *small]),
         ('dense2', ['resnet20_cifar', *small, 'widen=2']),
-        ('moe1', [str(folder / 'args.yaml'), '--checkpoint', str(folder / 'model.pth')]),
-        ('moe2', [str(folder / 'args.yaml')]),
+        ('moe_seed1', [str(folder / 'args.yaml'), '--checkpoint', str(folder / 'model.pth')]),
+        ('moe_seed2', [str(folder / 'args.yaml')]),
     ):
         evaluate.main([*network, *common, '--json', str(out / f'{name}.json')])
     return out
@@ -267,14 +267,14 @@ def runs(folder, tmp_path_factory):
 
 @pytest.mark.parametrize('command', ['pareto', 'width'])
 def test_figures_of_runs(figure, runs, command):
-    names = {'dense': ('dense1', 'dense2'), 'DeepMoE': ('moe1', 'moe2')}
+    names = {'dense': ('dense1', 'dense2'), 'DeepMoE': ('moe_seed1', 'moe_seed2')}
     series = [
         option for title, own in names.items() for option in ('--series', title, *(f'{runs}/{n}.json' for n in own))
     ]
     rows = figure(command, *series)
     assert [row['series'] for row in rows] == ['dense', 'dense', 'DeepMoE', 'DeepMoE']
     assert [float(row['width']) for row in rows] == [1, 2, 2, 2]
-    saved = json.loads((runs / 'moe1.json').read_text())
+    saved = json.loads((runs / 'moe_seed1.json').read_text())
     assert float(rows[2]['top1']) == saved['top1']
     assert float(rows[2]['gmacs']) == saved['gmacs']['mean'] < float(rows[3]['gmacs'])
     assert rows[2]['setting'] == rows[3]['setting'] != rows[0]['setting']

@@ -3,13 +3,14 @@
     python tools/analyze.py pareto --series dense results/dense*.json --series DeepMoE results/moe*.json
     python tools/analyze.py experts output/train/RUN/args.yaml --checkpoint RUN/last.pth.tar --data-dir FOLDER
 
-`pareto` and `width` compare JSON files of tools/evaluate.py, one for each run; the other figures look at one checkpoint
-and a folder of images.
+`pareto` and `width` compare JSON files of tools/evaluate.py, one for each run; files whose names differ only in `seedN`
+are averaged. The other figures look at one checkpoint and a folder of images.
 """
 
 import argparse
 import csv
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ Result = tuple[Figure, Rows]
 
 
 def read_points(args: argparse.Namespace) -> Rows:
-    """The runs of all series: accuracy, MACs, width, and the setting that runs with different seeds share.
+    """The runs of all series: accuracy, MACs, width, and the setting that runs share if they differ in their seed.
 
     Raises:
         ValueError: a file is not what tools/evaluate.py writes.
@@ -45,10 +46,9 @@ def read_points(args: argparse.Namespace) -> Rows:
             try:
                 run = json.loads(Path(file).read_text())
                 numbers = {'top1': run['top1'], 'gmacs': run['gmacs']['mean'], 'width': run['width']}
-                setting = json.dumps([run['network'], run['model_kwargs']])
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f'{file} is no JSON file of tools/evaluate.py ({error!r}).') from error
-            points.append({'series': name, 'file': file, **numbers, 'setting': setting})
+            points.append({'series': name, 'file': file, **numbers, 'setting': re.sub(r'seed\d+', 'seed', file)})
     return points
 
 

@@ -31,7 +31,7 @@ def draw_accuracy(points: Sequence[dict[str, Any]]) -> Figure:
     """Accuracy against MACs, a line through the means of each series (Fig. 3).
 
     Args:
-        points: one for each run, with `series`, `top1`, `gmacs`, and `setting`, which runs with other seeds share.
+        points: one for each run, with `series`, `top1`, `gmacs`, and `setting`, which runs share that differ in their seed.
     """
     factor, unit = unit_of([point['gmacs'] for point in points])
     figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
@@ -63,7 +63,7 @@ def _draw_series(axes: Any, points: Sequence[dict[str, Any]], x: str, y: str) ->
         if any(len(run) > 1 for run in runs):
             axes.scatter(*np.concatenate(runs).T, **style, s=14, alpha=0.5)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
 
 
 def draw_shuffle(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -83,9 +83,9 @@ def draw_shuffle(rows: Sequence[dict[str, Any]]) -> Figure:
     axes.set(
         xlabel='class whose latent mixtures are used',
         ylabel=f'accuracy of {rows[0]["class"]} (%)',
-        ylim=(0, 100),
     )
-    axes.legend()
+    axes.set_ylim(bottom=0)
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     return figure
 
 
@@ -97,17 +97,18 @@ def draw_shuffles(points: Sequence[tuple[str, float, float]]) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(5, 5), layout='constrained')
     inside, outside = (np.array([point[i] for point in points]) for i in (1, 2))
-    axes.plot([0, 100], [0, 100], color='grey', linewidth=1, label='no difference')
+    limit = min(100, 1.1 * max(inside.max(), outside.max(), 1))
+    axes.plot([0, limit], [0, limit], color='grey', linewidth=1, label='no difference')
     axes.scatter(outside, inside, s=16, color=COLOURS[0], alpha=0.7, label=f'{len(points)} classes')
     axes.scatter(outside.mean(), inside.mean(), s=160, color=COLOURS[1], marker='*', label='mean')
     axes.set(
         xlabel='accuracy with mixtures from other groups (%)',
         ylabel='accuracy with mixtures from the own group (%)',
-        xlim=(0, 100),
-        ylim=(0, 100),
+        xlim=(0, limit),
+        ylim=(0, limit),
         aspect='equal',
     )
-    axes.legend(loc='lower right')
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     return figure
 
 
