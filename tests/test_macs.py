@@ -333,6 +333,7 @@ def test_table_follows_changes_of_the_model_and_of_the_image_size():
     table = macs_table(model, (32, 32))
     assert macs_table(model, (32, 32)) is table
     assert macs_table(model, (40, 32)).dense() > table.dense()
+    assert macs_table(model, (32, 32)).dense() == table.dense()
     twin = copy.deepcopy(model)
     twin.reset_classifier(20)
     assert macs_table(twin, (32, 32)).dense() == table.dense() + 10 * 64

@@ -148,10 +148,12 @@ def test_histogram(figure, truth):
 
 def test_extremes(figure, truth):
     _, gmacs, _, files = truth
-    rows = figure('extremes', '--count', '3')
-    assert [row['side'] for row in rows] == ['cheapest'] * 3 + ['most expensive'] * 3
+    count = len(files) // 2
+    rows = figure('extremes', '--count', str(count))
+    assert [row['side'] for row in rows] == ['cheapest'] * count + ['most expensive'] * count
     ordered = gmacs.double().sort().values
-    expected = torch.cat([ordered[:3], ordered.flip(0)[:3]])
+    assert ordered[0] < ordered[count - 1] < ordered[-1]
+    expected = torch.cat([ordered[:count], ordered.flip(0)[:count]])
     torch.testing.assert_close(column(rows, 'gmacs'), expected, rtol=1e-4, atol=0)
     for row, value in zip(rows, expected, strict=True):
         assert float(gmacs[files.index(row['file'])]) == pytest.approx(float(value))

@@ -155,12 +155,18 @@ def test_table_on_screen(summary):
 
 def test_sparse_execution_gives_the_same_numbers(summary, folder, checkpoint, monkeypatch):
     masked, _ = summary
-    calls = []
+    batches = []
     sparsify = evaluate.deepmoe_plugin.sparsify
-    monkeypatch.setattr(evaluate.deepmoe_plugin, 'sparsify', lambda model: calls.append(1) or sparsify(model))
+
+    def watched(model):
+        sparse = sparsify(model)
+        sparse.register_forward_hook(lambda _module, args, _output: batches.append(len(args[0])))
+        return sparse
+
+    monkeypatch.setattr(evaluate.deepmoe_plugin, 'sparsify', watched)
     arguments = ['--checkpoint', str(checkpoint), '--data-dir', str(folder), '--sparse']
     sparse = evaluate.main([*ARGUMENTS, *arguments])
-    assert calls == [1]
+    assert batches == [7, 7, 7]
     for key in ('top1', 'top5', 'gmacs', 'kept_experts', 'by_class', 'by_layer'):
         assert sparse[key] == masked[key]
 

@@ -31,7 +31,7 @@ def draw_accuracy(points: Sequence[dict[str, Any]]) -> Figure:
     """Accuracy against MACs, a line through the means of each series (Fig. 3).
 
     Args:
-        points: one for each run, with `series`, `top1`, `gmacs`, and `setting`, which runs share that differ in their seed.
+        points: one for each run, with `series`, `top1`, `gmacs`, and `setting`, which several seeds share.
     """
     factor, unit = unit_of([point['gmacs'] for point in points])
     figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
