@@ -99,7 +99,7 @@ def draw_shuffles(points: Sequence[tuple[str, float, float]]) -> Figure:
     inside, outside = (np.array([point[i] for point in points]) for i in (1, 2))
     limit = min(100, 1.1 * max(inside.max(), outside.max(), 1))
     axes.plot([0, limit], [0, limit], color='grey', linewidth=1, label='no difference')
-    axes.scatter(outside, inside, s=16, color=COLOURS[0], alpha=0.7, label=f'{len(points)} classes')
+    axes.scatter(outside, inside, s=16, color=COLOURS[0], alpha=0.7, clip_on=False, label=f'{len(points)} classes')
     axes.scatter(outside.mean(), inside.mean(), s=160, color=COLOURS[1], marker='*', label='mean')
     axes.set(
         xlabel='accuracy with mixtures from other groups (%)',
@@ -214,9 +214,9 @@ def draw_embedding(points: np.ndarray, kinds: Sequence[str], axis_labels: tuple[
     for i, kind in enumerate(sorted(set(kinds))):
         chosen = points[[name == kind for name in kinds]]
         style = {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
-        axes.scatter(*chosen.T, s=12, alpha=0.7, linewidths=0, label=kind, **style)
+        axes.scatter(*chosen.T, s=12 if len(points) < 2000 else 5, alpha=0.7, linewidths=0, label=kind, **style)
     axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
-    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=1.5)
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=2)
     return figure
 
 
