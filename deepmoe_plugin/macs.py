@@ -1,17 +1,22 @@
 """Multiply-accumulates (MACs) of every image.
 
 Convention: one multiply-accumulate counts 1. Counted are convolutions and linear layers, biases not; norms,
-activations, pooling, additions and the softmax are not. The paper's 'FLOPs' are these MACs without the shortcut
-convolutions (Table 3: its ResNet-50 has 3.73e9), so shortcuts are a group of their own. An expert layer costs in
-proportion to (kept inputs) x (kept outputs) of its convolution.
+activations, pooling, additions, the softmax and products of two activations (attention) are not. The paper's 'FLOPs'
+are these MACs without the shortcut convolutions (Table 3: its ResNet-50 has 3.73e9), so shortcuts are a group of their
+own. An expert layer costs in proportion to (kept inputs) x (kept outputs) of its convolution.
+
+Groups: 'base' is the base network; 'head' is its classifier, or whatever follows the backbone (decode heads of a
+segmentor); 'embedding' and 'gate_heads' are the gating network. A segmentor is counted as it runs in `tensor` mode on
+the whole image, so without auxiliary heads and without the overlap of sliding windows.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .experts import expert_widths
 from .gating import GateHeads
@@ -59,6 +64,11 @@ class MacsReport(NamedTuple):
         return torch.stack(list(self.by_group.values())).sum(0)
 
     @property
+    def without_shortcuts(self) -> Tensor:
+        """`total` less the shortcut convolutions, as the paper counts, shape (B,)."""
+        return self.total - self.by_group['shortcut']
+
+    @property
     def dense_total(self) -> int:
         """MACs of one image with all experts kept, everything counted."""
         return sum(self.dense_by_group.values())
@@ -72,38 +82,48 @@ def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCo
     Args:
         model: a network of this package or a plain one, taking images (B, in_chans, H, W).
         image_size: (H, W) in pixels.
+
+    Raises:
+        ValueError: the model has no convolution.
     """
     names = {module: name for name, module in model.named_modules()}
     network = next(deepmoe_networks(model), None)
-    classifying = network or next((m for m in model.modules() if hasattr(m, 'get_classifier')), model)
-    prefix = names[classifying] + '.' if names[classifying] else ''
     layers = network.expert_layers if network is not None else ()
+    backbone = network or getattr(model, 'backbone', None)
+    prefix = names[backbone] + '.' if backbone is not None and names[backbone] else ''
     writes = {prefix + layer.conv: i for i, layer in enumerate(layers)}
     reads = {prefix + layer.consumer: i for i, layer in enumerate(layers) if layer.consumer}
+    classifying = backbone or next((m for m in model.modules() if hasattr(m, 'get_classifier')), None)
     get_classifier = getattr(classifying, 'get_classifier', None)
     classifier = get_classifier() if get_classifier is not None else None
     costs: list[ModuleCost] = []
 
-    def measure(module: nn.Module, _args: object, output: Tensor) -> None:
+    def group_of(module: nn.Module, name: str) -> str:
+        if isinstance(module, GateHeads):
+            return 'gate_heads'
+        if not name.startswith(prefix) or module is classifier or name.startswith(f'{prefix}pre_logits.'):
+            return 'head'
+        if network is not None and name.startswith(f'{prefix}gating.'):
+            return 'embedding'
+        block, is_inside, _ = name.partition('.downsample.')
+        # A main path may be called `downsample` as well; only a residual block has convolutions beside it.
+        return 'shortcut' if is_inside and hasattr(model.get_submodule(block), 'conv1') else 'base'
+
+    def measure(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         name = names[module]
         weight = module.weight
         assert isinstance(weight, Tensor)
-        positions = math.prod(output.shape[2:]) if isinstance(module, nn.Conv2d) else 1
-        if isinstance(module, GateHeads):
-            group = 'gate_heads'
-        elif name.startswith(f'{prefix}gating.'):
-            group = 'embedding'
-        elif '.downsample.' in name:
-            group = 'shortcut'
-        elif module is classifier or name.startswith(f'{prefix}pre_logits.'):
-            group = 'head'
-        else:
-            group = 'base'
-        costs.append(ModuleCost(name, group, weight.numel() * positions, reads.get(name), writes.get(name)))
+        # Every weight is used once for each output position (of a transposed convolution, for each input position).
+        positions = args[0] if isinstance(module, _ConvTransposeNd) else output
+        positions = positions[0, 0] if isinstance(module, _ConvNd) else positions[..., 0]
+        macs = weight.numel() * positions.numel()
+        costs.append(ModuleCost(name, group_of(module, name), macs, reads.get(name), writes.get(name)))
 
-    measured = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | GateHeads)]
+    measured = [m for m in model.modules() if isinstance(m, _ConvNd | nn.Linear | GateHeads)]
     hooks = [module.register_forward_hook(measure) for module in measured]
-    first = next(m for m in measured if isinstance(m, nn.Conv2d))
+    first = next((m for m in measured if isinstance(m, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError(f'{type(model).__name__} has no convolution: there is nothing to count for images.')
     image = torch.empty(1, first.in_channels, *image_size, device='meta', dtype=first.weight.dtype)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     meta = {name: tensor.to('meta') for name, tensor in tensors.items()}
@@ -183,14 +203,45 @@ class MacsTable:
         shares = torch.cat([torch.full((w,), m / w) for w, m in zip(self.widths, macs, strict=True)])
         return shares / shares.sum()
 
+    def report(self, kept: Tensor) -> MacsReport:
+        """MACs of the images that keep these experts, shape (B, N), boolean."""
+        macs = self.by_module(kept).round().long()
+        by_module: dict[str, Tensor] = {}
+        by_group = {group: torch.zeros_like(macs[:, 0]) for group in GROUPS}
+        for cost, column in zip(self.costs, macs.unbind(1), strict=True):
+            by_module[cost.name] = by_module[cost.name] + column if cost.name in by_module else column
+            by_group[cost.group] = by_group[cost.group] + column
+        return MacsReport(by_module, by_group, {group: self.dense((group,)) for group in GROUPS})
+
+
+# The latest table of each model, and what it was made for: running a network on the meta device takes longer than a
+# small network takes for a small batch.
+_tables: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], str], MacsTable]] = WeakKeyDictionary()
+
+
+def macs_table(model: nn.Module, image_size: tuple[int, int]) -> MacsTable:
+    """The table of a model, made again only if the image size or the model's modules have changed since.
+
+    Raises:
+        ValueError: see `module_costs`.
+    """
+    key = (image_size, repr(model))
+    known = _tables.get(model)
+    if known is not None and known[0] == key:
+        return known[1]
+    table = MacsTable(model, image_size)
+    _tables[model] = (key, table)
+    return table
+
 
 @torch.no_grad()
 def count_macs(model: nn.Module, x: Tensor) -> MacsReport:
     """Count the MACs of every image in a batch; runs the gating network only.
 
     Args:
-        model: a classifier of this package, or a dense network (all its images cost the same).
-        x: images (B, in_chans, H, W).
+        model: a classifier of this package, a dense network (all its images cost the same), or a segmentor around
+            either, called as `model(x)`.
+        x: images (B, in_chans, H, W), normalised as the model expects them.
 
     Raises:
         ValueError: the images do not fit the model, or it holds several DeepMoE networks.
@@ -199,10 +250,4 @@ def count_macs(model: nn.Module, x: Tensor) -> MacsReport:
     if len(networks) > 1:
         raise ValueError(f'Expected at most one DeepMoE network in {type(model).__name__}, found {len(networks)}.')
     kept = kept_experts(networks[0], x) if networks else torch.ones(len(x), 0, dtype=torch.bool)
-    table = MacsTable(model, (x.shape[2], x.shape[3]))
-    macs = table.by_module(kept).long()
-    by_group = {
-        group: macs[:, [i for i, cost in enumerate(table.costs) if cost.group == group]].sum(1) for group in GROUPS
-    }
-    by_module = {cost.name: macs[:, i] for i, cost in enumerate(table.costs)}
-    return MacsReport(by_module, by_group, {group: table.dense((group,)) for group in GROUPS})
+    return macs_table(model, (x.shape[2], x.shape[3])).report(kept)

@@ -1,7 +1,7 @@
 """Which experts which images keep."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,19 @@ class GateStatistics(NamedTuple):
         """Number of experts in each layer that no image keeps."""
         parts = (~self.kept.any(0)).split(self.widths)
         return {layer: int(part.sum()) for layer, part in zip(self.layers, parts, strict=True)}
+
+    def log_to(self, writer: Any, step: int) -> None:
+        """Write fractions of kept experts as scalars (all, each layer) and histograms (over images, over experts).
+
+        Args:
+            writer: TensorBoard's `SummaryWriter`, which W&B mirrors after `wandb.init(sync_tensorboard=True)`.
+            step: number of the training step or epoch.
+        """
+        writer.add_scalar('kept_experts', self.kept_experts, step)
+        for layer, kept in self.by_layer().items():
+            writer.add_scalar(f'kept_experts/{layer}', kept, step)
+        writer.add_histogram('kept_experts/by_image', self.by_image(), step)
+        writer.add_histogram('kept_experts/by_expert', self.kept.float().mean(0), step)
 
 
 def gate_statistics(model: nn.Module, images: Tensor | Iterable[Tensor | tuple[Tensor, ...]]) -> GateStatistics:

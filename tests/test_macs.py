@@ -1,16 +1,36 @@
 """MACs of every image, against sums done by hand."""
 
+import copy
+
 import pytest
 import timm
 import torch
 from small_networks import SMALL, FixedGates, images, randomise, small
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from deepmoe_plugin import count_macs
-from deepmoe_plugin.macs import GROUPS, MacsTable, module_costs
+from deepmoe_plugin import count_macs, sparsify
+from deepmoe_plugin.macs import GROUPS, MacsTable, macs_table, module_costs
+from deepmoe_plugin.sparse.engine import segments
 from deepmoe_plugin.stats import kept_experts
 
 structures = pytest.mark.parametrize('structure', SMALL)
+dense_networks = pytest.mark.parametrize(
+    ('name', 'kwargs', 'size'),
+    [
+        ('resnet18', {}, 64),
+        ('resnet20_cifar', dict(widen=2), 32),
+        ('drn_a_50', dict(layers=(1, 1, 1, 1)), 64),
+        ('wide_deepmoe_resnet50b', dict(layers=(1, 1, 1, 1), gated=False), 64),
+        ('vgg16_cifar', {}, 32),
+        ('convnext_atto', {}, 64),
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
 def close(model, counts):
@@ -178,6 +198,152 @@ def test_fraction_spent(structure):
     everything = torch.ones(2, sum(table.widths), dtype=torch.bool)
     torch.testing.assert_close(table.spent(everything), torch.ones(2, dtype=torch.float64))
     assert (table.spent(~everything) < 1).all()
+
+
+# Against other ways to count
+
+
+def executed_macs(model, x):
+    """MACs of the convolutions and matrix products that PyTorch really runs."""
+
+    def in_place_product(total, a, b, **_):  # PyTorch itself only knows the one that makes a new tensor
+        return 2 * a[0] * a[1] * b[1]
+
+    with (
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_product}) as counter,
+        torch.no_grad(),
+    ):
+        model(x)
+    return counter.get_total_flops() / 2
+
+
+@dense_networks
+def test_dense_networks_against_pytorch(name, kwargs, size):
+    model = timm.create_model(name, **kwargs).eval()
+    x = images(1, size)
+    assert count_macs(model, x).total.item() == executed_macs(model, x)
+
+
+@dense_networks
+@pytest.mark.filterwarnings('ignore')
+def test_dense_networks_against_fvcore(name, kwargs, size):
+    fvcore = pytest.importorskip('fvcore.nn')
+    model = timm.create_model(name, **kwargs).eval()
+    x = images(1, size)
+    counted = fvcore.FlopCountAnalysis(model, x).unsupported_ops_warnings(False).by_operator()
+    assert count_macs(model, x).total.item() == counted['conv'] + counted['linear']
+
+
+def without_head_conv(report):
+    """The head's first convolution of a VGG runs as sums of weight rows, which no counter of products sees."""
+    return report.total - report.by_module.get('pre_logits.fc1', torch.zeros(()))
+
+
+@structures
+@pytest.mark.parametrize('case', ['random', 'all kept', 'one kept'])
+def test_counts_are_those_of_sparse_execution(structure, case):
+    model = randomise(small(structure)).double().eval()
+    if case != 'random':
+        close(model, [width if case == 'all kept' else 1 for width in model.gating.heads.widths])
+    x = images(1, dtype=torch.float64)
+    sparse = sparsify(model, cache_mb=0)
+    for segment in segments(sparse.view()):
+        segment.steps = [1] * len(segment.steps)  # by default it computes a few experts more, for repeated shapes
+        segment.limits = [1] * len(segment.limits)
+    counted = without_head_conv(count_macs(model, x)).item()
+    assert executed_macs(sparse, x) == counted
+    # As it comes, sparse execution runs at least what the gates keep and at most the dense network.
+    most = count_macs(model, x).dense_total
+    assert counted <= executed_macs(sparsify(model, cache_mb=0), x) <= most
+
+
+class Segmentor(nn.Module):
+    """What the counter knows of a segmentor: a backbone, what follows it, and a call with images alone."""
+
+    def __init__(self, backbone, channels):
+        super().__init__()
+        self.backbone = backbone
+        self.decode_head = nn.Sequential(nn.Conv2d(channels, 6, 3, padding=1), nn.ConvTranspose2d(6, 5, 2, stride=2))
+        self.auxiliary_head = nn.Conv2d(channels, 5, 1)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return self.decode_head(self.backbone(inputs)[-1])
+
+
+@pytest.mark.parametrize('gated', [True, False])
+def test_segmentor(gated):
+    backbone = randomise(small('basic', features_only=True, gated=gated)).eval()
+    model = Segmentor(backbone, 512)
+    x = images(3, 64)
+    own, report = count_macs(backbone, x), count_macs(model, x)
+    assert report.by_group['head'].tolist() == [9 * 512 * 6 * 2 * 2 + 6 * 5 * 2 * 2 * 4 * 1] * 3
+    for group in ('base', 'shortcut', 'embedding', 'gate_heads'):
+        assert report.by_group[group].tolist() == own.by_group[group].tolist()
+    assert {f'backbone.{name}' for name in own.by_module} < report.by_module.keys()
+    assert not any('auxiliary' in name for name in report.by_module)
+
+
+def test_every_call_of_a_module_counts():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+            self.fc = nn.Linear(3, 7)
+
+        def forward(self, x):
+            return self.fc(self.conv(self.conv(x)).flatten(2).mT)
+
+    report = count_macs(Twice(), images(2, 8))
+    assert report.by_module['conv'].tolist() == [2 * 9 * 3 * 3 * 64] * 2
+    assert report.by_module['fc'].tolist() == [64 * 3 * 7] * 2
+    assert report.total.tolist() == [report.dense_total] * 2
+
+
+def test_count_without_shortcuts():
+    model = randomise(small('basic'))
+    report = count_macs(model, images(3))
+    assert (report.by_group['shortcut'] > 0).all()
+    assert torch.equal(report.without_shortcuts + report.by_group['shortcut'], report.total)
+
+
+def test_only_shortcuts_count_as_shortcuts():
+    report = count_macs(timm.create_model('convnext_atto'), images(1, 64))
+    assert any('.downsample.' in name for name in report.by_module)
+    assert report.by_group['shortcut'].tolist() == [0]
+
+
+@structures
+def test_counting_runs_no_layer_of_the_base_network_again(structure, monkeypatch):
+    """Counting costs less than a forward pass: the second count of a size runs the gating network and nothing else."""
+    model = randomise(small(structure)).eval()
+    x = images(2)
+    first = count_macs(model, x)
+    calls = []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    second = count_macs(model, x)
+    assert calls
+    assert all(name.startswith('gating.') for name in calls)
+    assert second.total.tolist() == first.total.tolist()
+
+
+def test_table_follows_changes_of_the_model_and_of_the_image_size():
+    model = small('cifar')
+    table = macs_table(model, (32, 32))
+    assert macs_table(model, (32, 32)) is table
+    assert macs_table(model, (40, 32)).dense() > table.dense()
+    assert macs_table(model, (32, 32)).dense() == table.dense()
+    twin = copy.deepcopy(model)
+    twin.reset_classifier(20)
+    assert macs_table(twin, (32, 32)).dense() == table.dense() + 10 * 64
+    model.reset_classifier(20)
+    assert macs_table(model, (32, 32)).dense() == table.dense() + 10 * 64
+
+
+def test_a_network_without_convolutions_is_refused():
+    with pytest.raises(ValueError, match='Linear has no convolution'):
+        count_macs(nn.Linear(3, 4), images())
 
 
 def test_several_networks_are_refused():

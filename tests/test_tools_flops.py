@@ -1,0 +1,209 @@
+"""tools/flops.py: the table, the paper's claims that follow from it, configs of both frameworks, and images."""
+
+import json
+import re
+
+import flops
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from small_networks import randomise
+from torch import Tensor
+
+from deepmoe_plugin import count_macs, gate_statistics
+
+SMALL = ['wide_deepmoe_resnet20_cifar', '--model-kwargs', 'layers=(1,1,1)', 'num_classes=4']
+
+
+def table(text: str) -> dict[str, dict[str, str]]:
+    """A Markdown table as row name to column name to cell."""
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('|')]
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+@pytest.fixture(scope='module')
+def paper() -> dict[str, flops.Cost]:
+    return {cost.name: cost for cost in flops.paper_costs((0.5,))}
+
+
+@pytest.mark.parametrize(
+    ('name', 'params', 'gmacs', 'without_shortcuts'),
+    [
+        ('ResNet-18', 11.690, 1.814, None),
+        ('wide-DeepMoE-18', 22.679, 3.490, None),
+        ('ResNet-34', 21.798, 3.664, None),
+        ('wide-DeepMoE-34', 42.891, 7.190, None),
+        ('ResNet-50', 25.557, 4.089, 3.7295),
+        ('wide-DeepMoE-50 (A)', 68.883, 11.398, None),
+        ('wide-DeepMoE-50 (B)', 41.912, 6.761, None),
+        ('ResNet-101', 44.549, 7.801, None),
+        ('ResNet-56, CIFAR-100', 0.859, 0.1255, None),
+        ('wide-DeepMoE-56, CIFAR-100', 1.709, 0.2505, None),
+        ('VGG-16, CIFAR-100', 14.770, 0.3132, None),
+        ('W1-High', 24.148, 0.3501, None),
+        ('W1-Mid', 24.161, 0.9140, None),
+        ('W4-Low', 24.18, 3.35, None),
+        ('W13-All', 24.18, 0.513, None),
+        ('DRN-A-50, backbone', 23.508, 797.35, 705.01),
+        ('wide-DRN-A-50 (A), backbone', 66.834, 2260.9, 2168.5),
+    ],
+)
+def test_networks_of_the_paper(paper, name, params, gmacs, without_shortcuts):
+    def digits(value: float) -> float:
+        return 0.5 * 10 ** -len(str(value).partition('.')[2])
+
+    cost = paper[name]
+    assert cost.params / 1e6 == pytest.approx(params, abs=digits(params))
+    assert cost.dense / 1e9 == pytest.approx(gmacs, abs=digits(gmacs))
+    if without_shortcuts is not None:
+        assert cost.without_shortcuts / 1e9 == pytest.approx(without_shortcuts, abs=digits(without_shortcuts))
+
+
+def test_wide_b_has_six_percent_fewer_parameters_than_resnet_101(paper):
+    assert paper['wide-DeepMoE-50 (B)'].params / paper['ResNet-101'].params == pytest.approx(0.94, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ('wide', 'base'),
+    [
+        ('wide-DeepMoE-18', 'ResNet-18'),
+        ('wide-DeepMoE-34', 'ResNet-34'),
+        ('wide-DeepMoE-50 (A)', 'ResNet-50'),
+        ('wide-DeepMoE-50 (B)', 'ResNet-50'),
+        ('wide-DeepMoE-56, CIFAR-100', 'ResNet-56, CIFAR-100'),
+        ('wide-DeepMoE-110, CIFAR-100', 'ResNet-110, CIFAR-100'),
+        ('wide-DRN-A-50 (A), backbone', 'DRN-A-50, backbone'),
+    ],
+)
+def test_half_of_the_experts_cost_the_unwidened_network(paper, wide, base):
+    assert paper[wide].kept[0.5] == paper[base].dense
+    assert paper[wide].gating < 0.04 * paper[base].dense
+
+
+def test_what_the_paper_saves(paper):
+    """Table 3: 1.6 GMACs are 56.8 % less than ResNet-50's without shortcuts, and not with them."""
+    assert 1 - 1.6 / (paper['ResNet-50'].without_shortcuts / 1e9) == pytest.approx(0.568, abs=0.005)
+    assert 1 - 1.6 / (paper['ResNet-50'].dense / 1e9) > 0.6
+
+
+def test_wider_does_not_cost_the_same_everywhere(paper):
+    """Table 4 compares networks of the same size, whose MACs differ tenfold."""
+    networks = [paper[name] for name in ('W1-High', 'W1-Mid', 'W4-Low', 'W13-All')]
+    assert max(n.params for n in networks) / min(n.params for n in networks) < 1.002
+    assert [n.name for n in sorted(networks, key=lambda n: n.dense)] == ['W1-High', 'W13-All', 'W1-Mid', 'W4-Low']
+
+
+def test_page_of_results_is_what_the_tool_prints(paper, request):
+    page = (request.config.rootpath / 'docs/results/flops.md').read_text()
+    expected = flops.format_costs(flops.paper_costs((0.25, 0.5)), (0.25, 0.5))
+    assert table(page) == table(expected)
+
+
+def test_table_of_given_networks(capsys, tmp_path):
+    rows = flops.main([*SMALL[:1], 'resnet20_cifar', '--kept', '0.5', '1', '--json', str(tmp_path / 'a/b.json')])
+    shown = table(capsys.readouterr().out)
+    assert list(shown) == ['wide_deepmoe_resnet20_cifar', 'resnet20_cifar']
+    wide, dense = shown.values()
+    assert wide['50 % kept'] == dense['GMACs'] == '0.04056'
+    assert wide['100 % kept'] == wide['GMACs']
+    assert (dense['50 % kept'], dense['gating GMACs'], dense['gating params (M)']) == ('', '', '')
+    saved = json.loads((tmp_path / 'a/b.json').read_text())
+    assert [row['dense'] for row in saved] == [row['dense'] for row in rows]
+
+
+def test_size_of_the_images(capsys):
+    flops.main([*SMALL, '--shape', '64', '32'])
+    larger = table(capsys.readouterr().out)['wide_deepmoe_resnet20_cifar']
+    flops.main(SMALL)
+    usual = table(capsys.readouterr().out)['wide_deepmoe_resnet20_cifar']
+    assert (larger['input'], usual['input']) == ('64x32', '32x32')
+    assert float(larger['GMACs']) == pytest.approx(2 * float(usual['GMACs']), rel=0.001)
+
+
+def test_timm_config(capsys):
+    flops.main([str(flops.CONFIGS / 'table4_w1_high.yaml'), '--kept', '1'])
+    assert table(capsys.readouterr().out)['narrow_deepmoe_vgg16_cifar']['params (M)'] == '24.148'
+
+
+SEGMENTOR = """
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(type='SegDataPreProcessor'),
+    pretrained='torchvision://resnet18',
+    backbone=dict(type='TIMMBackbone', model_name='wide_deepmoe_resnet18', pretrained=False,
+                  layers=(1, 1, 1, 1), widen=0.25),
+    decode_head=dict(type='FCNHead', in_channels=512, in_index=4, channels=16, num_convs=1, num_classes=5,
+                     concat_input=False, norm_cfg=dict(type='SyncBN')),
+    auxiliary_head=dict(type='FCNHead', in_channels=256, in_index=3, channels=16, num_classes=5),
+    train_cfg=dict(), test_cfg=dict(mode='whole'))
+"""
+
+
+def test_mmseg_config(tmp_path, capsys):
+    pytest.importorskip('mmseg')
+    config = tmp_path / 'tiny.py'
+    config.write_text(SEGMENTOR)
+    (row,) = flops.main([str(config), '--shape', '128', '64', '--kept', '0.5'])
+    backbone = timm.create_model('wide_deepmoe_resnet18', layers=(1, 1, 1, 1), widen=0.25, features_only=True)
+    own = flops.cost_of(backbone, '', (128, 64), (0.5,))
+    assert row['head'] == 9 * 512 * 16 * 4 * 2 + 16 * 5 * 4 * 2
+    assert (row['dense'] - row['head'], row['gating']) == (own.dense, own.gating)
+    assert row['kept'][0.5] - row['head'] == own.kept[0.5] < own.dense
+    assert table(capsys.readouterr().out)['tiny']['input'] == '128x64'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f'{i}.png')
+    return tmp_path
+
+
+def test_measured_on_images(folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(SMALL[0], layers=(1, 1, 1), num_classes=4)).eval()
+    checkpoint = tmp_path / 'model.pth'
+    torch.save(model.state_dict(), checkpoint)
+    loading = ['--batch-size', '4', '--workers', '0']
+    (row,) = flops.main([*SMALL, '--checkpoint', str(checkpoint), '--images', str(folder), *loading])
+    cfg = model.pretrained_cfg
+    pixels = [np.asarray(Image.open(folder / f'{i}.png'), dtype=np.float32) / 255 for i in range(10)]
+    x = Tensor((np.stack(pixels) - np.array(cfg['mean'])) / np.array(cfg['std'])).permute(0, 3, 1, 2)
+    macs, kept = count_macs(model, x).total.double() / 1e9, gate_statistics(model, x).by_image()
+    measured = row['measured']
+    assert measured['images'] == 10
+    for name, expected in (('gmacs', macs), ('kept_experts', kept)):
+        assert expected.std() > 0
+        assert measured[name]['mean'] == pytest.approx(expected.mean().item(), rel=1e-5)
+        assert measured[name]['std'] == pytest.approx(expected.std(correction=0).item(), rel=1e-3)
+        assert (measured[name]['min'], measured[name]['max']) == pytest.approx(
+            (expected.min().item(), expected.max().item())
+        )
+    assert re.search(r'10 images .*\n +GMACs per image.*± ', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], 'name networks'),
+        (['resnet18', '--paper'], 'name networks'),
+        (['wide_deepmoe_resnet2'], "no model 'wide_deepmoe_resnet2'. Similar: wide_deepmoe_resnet"),
+        (['resnet18', '--kept', '1.5'], 'between 0 and 1'),
+        (['resnet18', 'resnet34', '--checkpoint', 'x'], 'a single timm network'),
+        (['resnet18', '--checkpoint', 'x'], '--checkpoint needs --images'),
+        (['x.py', '--images', 'x'], 'GateStatisticsHook'),
+        (['x.yaml'], 'no file x.yaml'),
+        (['x.py'], '--shape HEIGHT WIDTH is needed'),
+        (['x.py', '--shape', '32', '32'], 'no file x.py'),
+        (['resnet18', '--images', '/nowhere'], 'no folder /nowhere'),
+    ],
+)
+def test_mistakes_are_named(arguments, message, capsys):
+    if 'x.py' in arguments:
+        pytest.importorskip('mmseg')
+    with pytest.raises(SystemExit):
+        flops.main(arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,254 @@
+"""Figures of what gates do: each function draws numbers that are given to it, and returns the figure.
+
+Colours are told apart by colour-blind readers, too: Petroff's ten for classes and series, cividis for amounts, a
+purple-to-orange scale for what has a sign.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import matplotlib
+import numpy as np
+from torch import Tensor
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+COLOURS = [entry['color'] for entry in matplotlib.style.library['petroff10']['axes.prop_cycle']]
+MARKERS = 'os^Dv'
+MAX_KINDS = len(COLOURS) * len(MARKERS)
+"""As many kinds of points can be told apart."""
+
+
+def unit_of(gmacs: Any) -> tuple[float, str]:
+    """The factor and the name of a unit in which these MACs, given in units of 1e9, are easy to read."""
+    return (1.0, 'GMACs') if np.max(np.asarray(gmacs)) >= 0.1 else (1e3, 'MMACs')
+
+
+def draw_accuracy(points: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy against MACs, a line through the means of each series (Fig. 3).
+
+    Args:
+        points: one for each run, with `series`, `top1`, `gmacs`, and `setting`, which several seeds share.
+    """
+    factor, unit = unit_of([point['gmacs'] for point in points])
+    figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
+    _draw_series(axes, [{**point, 'macs': factor * point['gmacs']} for point in points], 'macs', 'top1')
+    axes.set(xlabel=f'{unit} per image, gating network included', ylabel='top-1 accuracy (%)')
+    return figure
+
+
+def draw_width(points: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy and MACs against the width of the gated layers (Fig. 5); `points` as above, with `width`."""
+    factor, unit = unit_of([point['gmacs'] for point in points])
+    points = [{**point, 'macs': factor * point['gmacs']} for point in points]
+    figure, (accuracy, macs) = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
+    _draw_series(accuracy, points, 'width', 'top1')
+    _draw_series(macs, points, 'width', 'macs')
+    accuracy.set(xlabel='width of the gated layers (times the base)', ylabel='top-1 accuracy (%)')
+    macs.set(xlabel='width of the gated layers (times the base)', ylabel=f'{unit} per image', ylim=(0, None))
+    return figure
+
+
+def _draw_series(axes: Any, points: Sequence[dict[str, Any]], x: str, y: str) -> None:
+    names = list(dict.fromkeys(point['series'] for point in points))
+    for i, name in enumerate(names):
+        style = {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i % len(MARKERS)]}
+        own = sorted((point for point in points if point['series'] == name), key=lambda point: str(point['setting']))
+        runs = [[(point[x], point[y]) for point in group] for _, group in groupby(own, lambda p: str(p['setting']))]
+        means = sorted(tuple(np.mean(run, axis=0)) for run in runs)
+        axes.plot(*zip(*means, strict=True), **style, label=name)
+        if any(len(run) > 1 for run in runs):
+            axes.scatter(*np.concatenate(runs).T, **style, s=14, alpha=0.5)
+    axes.grid(alpha=0.3)
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+
+
+def draw_shuffle(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Accuracy of one class with the latent mixtures of others (Fig. 4).
+
+    Args:
+        rows: one for each class that gives its mixtures, with `donor`, `group`, `accuracy` and `std`.
+    """
+    kinds = list(dict.fromkeys(row['group'] for row in rows))
+    figure, axes = plt.subplots(figsize=(1.5 + 0.5 * len(rows), 4), layout='constrained')
+    for kind, colour in zip(kinds, COLOURS, strict=False):
+        own = [(i, row) for i, row in enumerate(rows) if row['group'] == kind]
+        heights = [row['accuracy'] for _, row in own]
+        errors = [row['std'] for _, row in own]
+        axes.bar([i for i, _ in own], heights, yerr=errors, capsize=3, color=colour, label=kind)
+    axes.set_xticks(range(len(rows)), [row['donor'] for row in rows], rotation=60, ha='right')
+    axes.set(
+        xlabel='class whose latent mixtures are used',
+        ylabel=f'accuracy of {rows[0]["class"]} (%)',
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    return figure
+
+
+def draw_shuffles(points: Sequence[tuple[str, float, float]]) -> Figure:
+    """Accuracy of many classes with mixtures of their own group against mixtures of other groups.
+
+    Args:
+        points: class, accuracy in-group, accuracy out-of-group.
+    """
+    figure, axes = plt.subplots(figsize=(5, 5), layout='constrained')
+    inside, outside = (np.array([point[i] for point in points]) for i in (1, 2))
+    limit = min(100, 1.1 * max(inside.max(), outside.max(), 1))
+    axes.plot([0, limit], [0, limit], color='grey', linewidth=1, label='no difference')
+    axes.scatter(outside, inside, s=16, color=COLOURS[0], alpha=0.7, clip_on=False, label=f'{len(points)} classes')
+    axes.scatter(outside.mean(), inside.mean(), s=160, color=COLOURS[1], marker='*', label='mean')
+    axes.set(
+        xlabel='accuracy with mixtures from other groups (%)',
+        ylabel='accuracy with mixtures from the own group (%)',
+        xlim=(0, limit),
+        ylim=(0, limit),
+        aspect='equal',
+    )
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    return figure
+
+
+def draw_experts(usage: Tensor, layers: Sequence[str], widths: Sequence[int], classes: Sequence[str]) -> Figure:
+    """How often the images of each class keep each expert, experts of a layer sorted by their use.
+
+    Args:
+        usage: shape (classes, experts), 0..1, all layers side by side.
+        layers: name of each layer.
+        widths: experts of each layer.
+        classes: name of each class.
+    """
+    figure, axes = plt.subplots(
+        1, len(layers), figsize=(12, _height(classes)), sharey=True, width_ratios=widths, layout='constrained',
+        squeeze=False,
+    )  # fmt: skip
+    for axis, layer, part in zip(axes[0], layers, usage.split(list(widths), dim=1), strict=True):
+        order = part.mean(0).argsort(descending=True)
+        image = axis.imshow(
+            100 * part[:, order].numpy(), aspect='auto', cmap='cividis', vmin=0, vmax=100, interpolation='none'
+        )
+        axis.set(title=f'{layer}\n{100 * part.mean():.0f} %', xlabel='expert, by use')
+    _name_rows(axes[0, 0], classes)
+    figure.suptitle('Experts kept in each gated layer (percentage: average), by the class of the image')
+    figure.colorbar(image, ax=axes, label='images that keep the expert (%)')
+    return figure
+
+
+def draw_layers(usage: Tensor, layers: Sequence[str], classes: Sequence[str]) -> Figure:
+    """Which part of its experts each layer keeps for the images of each class.
+
+    Args:
+        usage: shape (classes, layers), 0..1.
+        layers: name of each layer.
+        classes: name of each class.
+    """
+    size = (max(5, 3 + 0.35 * len(layers)), 1 + _height(classes))
+    figure, axes = plt.subplots(figsize=size, layout='constrained')
+    image = axes.imshow(100 * usage.numpy(), aspect='auto', cmap='cividis', interpolation='none')
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=8)
+    axes.set_xlabel('gated layer')
+    _name_rows(axes, classes)
+    figure.colorbar(image, ax=axes, label='experts kept (%)')
+    return figure
+
+
+def _height(classes: Sequence[str]) -> float:
+    return max(4, 0.13 * len(classes))
+
+
+def _name_rows(axes: Any, classes: Sequence[str]) -> None:
+    axes.set_yticks(range(len(classes)), classes, fontsize=8 if len(classes) <= 30 else 6)
+    axes.set_ylabel('class of the image')
+
+
+def draw_histogram(kept: Tensor, gmacs: Tensor, num_experts: int) -> Figure:
+    """How many images keep how many experts, and what they cost.
+
+    Args:
+        kept: fraction of experts that each image keeps.
+        gmacs: MACs of each image in units of 1e9.
+        num_experts: of all layers together.
+    """
+    factor, unit = unit_of(gmacs)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True, layout='constrained')
+    counts = (kept * num_experts).round().numpy()
+    step = max(1, round(np.ptp(counts) / 30))  # bars of unequal numbers of counts would look like peaks
+    edges = np.arange(counts.min() - 0.5, counts.max() + step, step)
+    panels[0].hist(100 * counts / num_experts, bins=100 * edges / num_experts, color=COLOURS[0])
+    panels[1].hist(factor * gmacs.numpy(), bins=30, color=COLOURS[0])
+    for axes, values, label in zip(panels, (100 * kept, factor * gmacs), ('%', unit), strict=True):
+        axes.axvline(values.mean().item(), color=COLOURS[1], label=f'mean {values.mean():.4g} {label}')
+        axes.legend()
+    panels[0].set(xlabel='experts kept (%)', ylabel='images')
+    panels[1].set_xlabel(f'{unit} per image')
+    return figure
+
+
+def draw_extremes(cheapest: Sequence[tuple[Any, str]], dearest: Sequence[tuple[Any, str]]) -> Figure:
+    """Pictures (H, W, channels) with their captions: the cheapest above, the most expensive below."""
+    rows = (('cheapest', cheapest), ('most expensive', dearest))
+    figure, grid = plt.subplots(
+        2, len(cheapest), figsize=(1.6 * len(cheapest), 4.4), layout='constrained', squeeze=False
+    )
+    for line, (title, pictures) in zip(grid, rows, strict=True):
+        for axes, (picture, caption) in zip(line, pictures, strict=True):
+            axes.imshow(picture, cmap='gray')
+            axes.set_title(caption, fontsize=8)
+            axes.set(xticks=[], yticks=[])
+        line[0].set_ylabel(title, fontsize=11)
+    return figure
+
+
+def draw_embedding(points: np.ndarray, kinds: Sequence[str], axis_labels: tuple[str, str]) -> Figure:
+    """A map of the latent mixtures of images, coloured by kind.
+
+    Args:
+        points: shape (images, 2).
+        kinds: class or group of each image, at most `MAX_KINDS` different ones.
+        axis_labels: what the axes are.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 5.5), layout='constrained')
+    for i, kind in enumerate(sorted(set(kinds))):
+        chosen = points[[name == kind for name in kinds]]
+        style = {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
+        axes.scatter(*chosen.T, s=12 if len(points) < 2000 else 5, alpha=0.7, linewidths=0, label=kind, **style)
+    axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=2)
+    return figure
+
+
+def draw_dead(layers: Sequence[str], dead: Sequence[float], always: Sequence[float]) -> Figure:
+    """Part of each layer's experts (%) that no image keeps, and that every image keeps."""
+    figure, axes = plt.subplots(figsize=(max(6, 2.5 + 0.45 * len(layers)), 4), layout='constrained')
+    places = np.arange(len(layers))
+    for shift, values, colour, label in (
+        (-0.2, dead, COLOURS[1], 'kept by no image (dead)'),
+        (0.2, always, COLOURS[0], 'kept by every image'),
+    ):
+        bars = axes.bar(places + shift, values, width=0.4, color=colour, label=label)
+        axes.bar_label(bars, fmt='%.0f', fontsize=7)
+    axes.set_xticks(places, layers, rotation=90, fontsize=8)
+    axes.set(xlabel='gated layer', ylabel='experts of the layer (%)', ylim=(0, 105))
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    return figure
+
+
+def draw_similarity(similarity: Tensor, classes: Sequence[str], groups: Sequence[str] | None) -> Figure:
+    """Similarity of classes, -1..1; lines between groups, whose classes must stand together."""
+    size = 2 + _height(classes)
+    figure, axes = plt.subplots(figsize=(size + 1, size), layout='constrained')
+    image = axes.imshow(similarity.numpy(), cmap='PuOr_r', vmin=-1, vmax=1, interpolation='none')
+    fontsize = 8 if len(classes) <= 30 else 6
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=fontsize)
+    axes.set_yticks(range(len(classes)), classes, fontsize=fontsize)
+    for i in range(1, len(classes) if groups else 0):
+        if groups and groups[i] != groups[i - 1]:
+            axes.axhline(i - 0.5, color='black', linewidth=0.5)
+            axes.axvline(i - 0.5, color='black', linewidth=0.5)
+    figure.colorbar(
+        image, ax=axes, label='cosine of the experts kept more or less often than on average', shrink=0.8, pad=0.02
+    )
+    return figure
