@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ragged
 from .engine import SparseFeatures, SparseNetwork
 from .fold import eval_view
-from .ragged import available
 from .plan import Plan, Segment
 
 FRACTIONS = (0.25, 0.5, 0.625, 0.75, 0.875)
@@ -83,8 +83,8 @@ def _limits(module: nn.Module, segment: Segment, entry: Tensor, num_layers: int)
 
 
 def _ragged_limit(module: nn.Module, segment: Segment, entry: Tensor, num_layers: int) -> float:
-    """The limit for running ragged, against what the limits of the layers allow."""
-    if not segment.widths or not available(entry):
+    """The same for running ragged, timed against one group of all images."""
+    if not segment.widths or not ragged.available(entry):
         return NEVER
     best = NEVER
     for fraction in FRACTIONS:
@@ -106,7 +106,7 @@ def _random_plan(segment: Segment, entry: Tensor, fraction: float, num_layers: i
         count = max(1, int(width * fraction))
         order = torch.rand(len(entry), width).argsort(1).argsort(1)
         gates[segment.first + layer] = (order < count).float().to(entry.device)
-    return Plan(gates, is_ragged=available(entry))
+    return Plan(gates, is_ragged=ragged.available(entry))
 
 
 def _is_faster(candidate: Callable[[], object], current: Callable[[], object]) -> bool:

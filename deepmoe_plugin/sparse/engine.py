@@ -90,7 +90,7 @@ class SparseBlock(nn.Module):
             chosen = slice(group.images[0], group.images[0] + 1) if len(group.images) == 1 else group.where
             results.append((chosen, self._run(x[chosen], group, stream[chosen])))
         for chosen, result in results:
-            if result.data_ptr() != stream[chosen].data_ptr():
+            if not isinstance(chosen, slice) or result.data_ptr() != stream[chosen].data_ptr():
                 stream[chosen] = result
         return stream
 

@@ -5,12 +5,13 @@ times them against one dense group of all images and lets them run only where th
 """
 
 import functools
-import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ TILES = (
 )
 """Positions (M) and output channels (N) of one program; the fastest for a shape is found at its first use."""
 
+_logger = logging.getLogger(__name__)
 _fastest: dict[tuple[object, ...], dict[str, int]] = {}
 
 
@@ -39,7 +41,7 @@ def available(x: Tensor) -> bool:
         and x.device.type == 'cuda'
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and not torch.is_autocast_enabled('cuda')
-        and importlib.util.find_spec('triton') is not None
+        and _runs(x.device)
     )
 
 
@@ -49,6 +51,21 @@ def kernels() -> Any:
     from . import ragged_kernels
 
     return ragged_kernels
+
+
+@functools.cache
+def _runs(device: torch.device) -> bool:
+    """Whether Triton is there and works: it needs a C compiler, for one thing, which not every machine has."""
+    kept = RaggedKept(
+        torch.zeros(1, SLOTS, dtype=torch.int32, device=device),
+        torch.full((1,), SLOTS, dtype=torch.int32, device=device),
+    )
+    try:
+        with torch.cuda.device_of(kept.experts):
+            return bool(_packed(torch.ones(1, 1, 1, device=device), kept, kept).eq(1).all())
+    except Exception as error:
+        _logger.warning('Batches of different images run without ragged kernels, as Triton does not work: %s', error)
+        return False
 
 
 def rounded(count: int) -> int:
@@ -86,11 +103,11 @@ class _Layout(NamedTuple):
     """All layers side by side, each filled up to a multiple of `SLOTS`.
 
     Attributes:
-        starts: first column of each layer.
+        starts: first column of each layer, on the host.
         columns: column of each expert, int64.
         layers: layer of each column, int16.
         first: first column of the layer of each column, int64.
-        last: last column of each layer, int64.
+        ends: the columns at which each layer starts and ends, (2, layers), int64.
         filled: columns that are no expert, boolean; None if there are none.
     """
 
@@ -98,7 +115,7 @@ class _Layout(NamedTuple):
     columns: Tensor
     layers: Tensor
     first: Tensor
-    last: Tensor
+    ends: Tensor
     filled: Tensor | None
 
 
@@ -116,7 +133,7 @@ def _layout(widths: tuple[int, ...], device: torch.device) -> _Layout:
         columns=torch.from_numpy(columns).to(device),
         layers=torch.from_numpy(layers).to(device),
         first=torch.from_numpy(starts[layers]).to(device),
-        last=torch.from_numpy(ends - 1).to(device),
+        ends=torch.from_numpy(np.stack([starts, ends])).to(device),
         filled=torch.from_numpy(filled).to(device) if filled.any() else None,
     )
 
@@ -145,8 +162,8 @@ class RaggedBatch:
         if layout.filled is not None:
             order = torch.where(layout.filled[order], layout.first, order)
         self._experts = (order - layout.first).int()
-        sums = kept.cumsum(1, dtype=torch.int32).index_select(1, layout.last)
-        counts = sums.diff(dim=1, prepend=torch.zeros_like(sums[:, :1])).t().contiguous()
+        sums = F.pad(kept.cumsum(1, dtype=torch.int32), (1, 0))
+        counts = (sums.index_select(1, layout.ends[1]) - sums.index_select(1, layout.ends[0])).t().contiguous()
         self._slots = (counts + SLOTS - 1) // SLOTS * SLOTS
         union = kept.any(0).index_select(0, layout.columns)
         host = torch.cat([counts.flatten(), union.int()]).cpu().numpy()
@@ -185,11 +202,12 @@ def convolve(
     )
     if x.numel() == 0 or y.numel() == 0:
         return y
-    packed = reads is not None and writes is not None and height * width >= PACK_POSITIONS
     taps = conv.taps
+    packed = False
     with torch.cuda.device_of(x):
-        if packed:
-            weight = _packed(conv, reads, writes)
+        if reads is not None and writes is not None and height * width >= PACK_POSITIONS:
+            packed = True
+            weight = _packed(conv.stored, reads, writes)
             steps = (taps * in_pitch, in_pitch, 1)
         elif writes is None:
             # Whole rows of outputs, one for each input that is kept.
@@ -255,24 +273,22 @@ def _precision() -> str:
     return 'tf32' if convolutions.fp32_precision == 'tf32' else 'ieee'
 
 
-def _packed(conv: 'GatherConv', reads: RaggedKept | None, writes: RaggedKept | None) -> Tensor:
-    """Gathered weights of every image, (B, slots written, T, slots read)."""
-    assert reads is not None
-    assert writes is not None
-    images = len(reads.experts)
-    packed = conv.stored.new_empty(images, writes.num_slots, conv.taps, reads.num_slots)
+def _packed(stored: Tensor, reads: RaggedKept, writes: RaggedKept) -> Tensor:
+    """Weights (O, T, I) gathered for every image: (B, slots written, T, slots read)."""
+    images, (_, taps, in_channels) = len(reads.experts), stored.shape
+    packed = stored.new_empty(images, writes.num_slots, taps, reads.num_slots)
     kernels().pack[(writes.num_slots, images)](
-        conv.stored,
+        stored,
         packed,
         reads.experts,
         writes.experts,
         reads.counts,
         writes.counts,
-        conv.in_channels,
+        in_channels,
         reads.num_slots,
         writes.num_slots,
         reads.experts.stride(0),
-        TAPS=conv.taps,
+        TAPS=taps,
         BLOCK=128,
     )
     return packed
