@@ -139,7 +139,8 @@ class GatherConv:
 
         Args:
             x: (B, kept inputs, H, W).
-            reads, writes: which inputs `x` holds and which outputs to compute, None for all.
+            reads, writes: which inputs `x` holds and which outputs to compute, None for all; if each image has channels
+                of its own, see `ragged`.
             gate: factors for the outputs, (B, kept outputs), non-negative.
             relu: apply ReLU (before the gate).
             add_to: added to the result before the ReLU, may be overwritten; not with a gate.
