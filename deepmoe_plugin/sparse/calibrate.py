@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import ragged
 from .engine import SparseFeatures, SparseNetwork
 from .fold import eval_view
 from .plan import Plan, Segment
@@ -20,14 +21,14 @@ NEVER = 0.0
 
 @torch.no_grad()
 def calibrate(sparse: SparseNetwork, x: Tensor) -> None:
-    """Set the largest kept fraction up to which each gated layer runs on compact weights.
+    """Set the largest kept fraction up to which each gated layer runs on compact weights, and each segment ragged.
 
     Every segment runs on the input that it gets in the network, with random experts at several fractions, in turns
     dense and compact. Segments of equal shape are timed once. If the masked network as it is still runs these images
     faster, as very small networks do, it is what runs from now on.
 
     Args:
-        sparse: its `limits` and `masked` are set.
+        sparse: its `limits`, `ragged_limits` and `masked` are set.
         x: images (B, in_chans, H, W).
     """
     inputs: list[tuple[Any, Tensor]] = []
@@ -44,15 +45,18 @@ def calibrate(sparse: SparseNetwork, x: Tensor) -> None:
         for hook in hooks:
             hook.remove()
     num_layers = len(sparse.network.expert_layers)
-    timed: dict[tuple[object, ...], list[float]] = {}
+    timed: dict[tuple[object, ...], tuple[list[float], float]] = {}
     for module, entry in inputs:
         segment: Segment = module.segment
         key = (type(module), tuple(segment.widths), tuple(segment.readers), entry.shape)
         if key not in timed:
-            timed[key] = _limits(module, segment, entry, num_layers)
-        segment.limits = timed[key]
-        for offset, limit in enumerate(timed[key]):
+            segment.ragged_limit = NEVER
+            limits = segment.limits = _limits(module, segment, entry, num_layers)
+            timed[key] = limits, _ragged_limit(module, segment, entry, num_layers)
+        segment.limits, segment.ragged_limit = timed[key]
+        for offset, limit in enumerate(segment.limits):
             sparse.limits[segment.first + offset] = limit
+        sparse.ragged_limits[segment.first] = segment.ragged_limit
     masked: Any = eval_view(sparse.network)
     sparse.masked = not _is_faster(lambda: view.forward_features(x), lambda: masked.forward_features(x))
     sparse.refresh()
@@ -78,13 +82,31 @@ def _limits(module: nn.Module, segment: Segment, entry: Tensor, num_layers: int)
     return limits
 
 
+def _ragged_limit(module: nn.Module, segment: Segment, entry: Tensor, num_layers: int) -> float:
+    """The same for running ragged, timed against one group of all images."""
+    if not segment.widths or not ragged.available(entry):
+        return NEVER
+    best = NEVER
+    for fraction in FRACTIONS:
+        plan = _random_plan(segment, entry, fraction, num_layers)
+
+        def run(limit: float, plan: Plan = plan) -> None:
+            segment.ragged_limit = limit
+            module(entry.clone(), plan)
+
+        if not _is_faster(functools.partial(run, fraction + 1e-6), functools.partial(run, NEVER)):
+            break
+        best = fraction + 1e-6
+    return best
+
+
 def _random_plan(segment: Segment, entry: Tensor, fraction: float, num_layers: int) -> Plan:
     gates = [torch.zeros(len(entry), 0, device=entry.device)] * num_layers
     for layer, width in enumerate(segment.widths):
         count = max(1, int(width * fraction))
         order = torch.rand(len(entry), width).argsort(1).argsort(1)
         gates[segment.first + layer] = (order < count).float().to(entry.device)
-    return Plan(gates)
+    return Plan(gates, is_ragged=ragged.available(entry))
 
 
 def _is_faster(candidate: Callable[[], object], current: Callable[[], object]) -> bool:

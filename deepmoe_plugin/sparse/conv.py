@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ragged
 from .fold import fold_norm
 from .kernels import LANES, compact_kernel
 from .plan import Kept
+from .ragged import RaggedKept
 
 SMALL_MAP = {True: 1024, False: 64}
 """Up to this many output positions a pointwise (True) or other (False) convolution is one matrix product: oneDNN would
@@ -127,8 +129,8 @@ class GatherConv:
     def __call__(
         self,
         x: Tensor,
-        reads: Kept | None = None,
-        writes: Kept | None = None,
+        reads: Kept | RaggedKept | None = None,
+        writes: Kept | RaggedKept | None = None,
         gate: Tensor | None = None,
         relu: bool = False,
         add_to: Tensor | None = None,
@@ -137,14 +139,19 @@ class GatherConv:
 
         Args:
             x: (B, kept inputs, H, W).
-            reads, writes: which inputs `x` holds and which outputs to compute, None for all.
+            reads, writes: which inputs `x` holds and which outputs to compute, None for all; if each image has channels
+                of its own, see `ragged`.
             gate: factors for the outputs, (B, kept outputs), non-negative.
             relu: apply ReLU (before the gate).
-            add_to: overwritten with its sum with the result, before the ReLU; not with a gate.
+            add_to: added to the result before the ReLU, may be overwritten; not with a gate.
 
         Returns:
             (B, kept outputs, H', W'), channels last.
         """
+        if isinstance(reads, RaggedKept) or isinstance(writes, RaggedKept):
+            assert not isinstance(reads, Kept)
+            assert not isinstance(writes, Kept)
+            return ragged.convolve(self, x, reads, writes, gate, relu, add_to)
         x = x.contiguous(memory_format=torch.channels_last)
         size = self.out_size(x)
         positions = x.shape[0] * size[0] * size[1]
@@ -200,11 +207,16 @@ class GatherConv:
         return torch.index_select(rows, 2, reads.index, out=out)
 
     def _input_rows(self, reads: Kept | None, writes: Kept | None, out: Tensor) -> Tensor:
-        """(kept inputs, T, all outputs): whole rows of a second copy of the weights."""
+        """(kept inputs, T, all outputs)."""
         assert reads is not None
+        rows = self.input_rows()
+        return torch.index_select(rows, 0, reads.index, out=out.view(-1, *rows.shape[1:]))
+
+    def input_rows(self) -> Tensor:
+        """A second copy of the weights, (I, T, O): one contiguous row for each input."""
         if self.by_input is None:
             self.by_input = self.stored.permute(2, 1, 0).contiguous()
-        return torch.index_select(self.by_input, 0, reads.index, out=out.view(-1, *self.by_input.shape[1:]))
+        return self.by_input
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, add_to: Tensor | None) -> Tensor:
         padding, stride, dilation = self.geometry

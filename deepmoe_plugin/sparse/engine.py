@@ -14,23 +14,29 @@ from torch import Tensor, nn
 from ..experts import expert_widths
 from ..gating import GatingNetwork
 from ..network import DeepMoE
+from . import ragged
 from .conv import FoldedSequence, GatherConv, WeightCache
 from .fold import eval_view, fingerprint, flatten
 from .plan import Group, Kept, Plan, Reader, Segment
+from .ragged import RaggedKept
 
 
 class PlannedGating(nn.Module):
     """Takes the place of the gating network: maps images to the plan for them.
 
     The gates are computed as the network computes them, to the last bit, so that both keep the same experts.
+
+    Attributes:
+        segments: those of the network, to be set once it stands.
     """
 
     def __init__(self, gating: nn.Module) -> None:
         super().__init__()
         self.gating = eval_view(gating) if isinstance(gating, GatingNetwork) else gating
+        self.segments: list[Segment] = []
 
     def forward(self, x: Tensor) -> Plan:
-        return Plan(self.gating(x))
+        return Plan(self.gating(x), self.segments, ragged.available(x))
 
 
 class SparseBlock(nn.Module):
@@ -81,10 +87,10 @@ class SparseBlock(nn.Module):
             return self._run(x, groups[0], stream)
         results: list[tuple[Any, Tensor]] = []
         for group in groups:
-            chosen = slice(group.images[0], group.images[0] + 1) if len(group.images) == 1 else group.images
+            chosen = slice(group.images[0], group.images[0] + 1) if len(group.images) == 1 else group.where
             results.append((chosen, self._run(x[chosen], group, stream[chosen])))
         for chosen, result in results:
-            if result.data_ptr() != stream[chosen].data_ptr():
+            if not isinstance(chosen, slice) or result.data_ptr() != stream[chosen].data_ptr():
                 stream[chosen] = result
         return stream
 
@@ -147,6 +153,7 @@ def sparse_resnet(network: Any, cache: WeightCache) -> Any:
             sparse = SparseBlock(view.get_submodule(path), first, gated, keeps_input=i == 0, cache=cache)
             view.set_submodule(path, sparse)
             first += sum(gated)
+    view.gating.segments = segments(view)
     return view
 
 
@@ -192,8 +199,8 @@ class SparseFeatures(nn.Module):
         groups = plan.groups(self.segment, x.shape[2] * x.shape[3])
         if len(groups) == 1:
             return self._run(x, groups[0], taps, stop)
-        results = [self._run(x[group.images], group, taps, stop) for group in groups]
-        order = torch.tensor([image for group in groups for image in group.images], device=x.device).argsort()
+        results = [self._run(x[group.where], group, taps, stop) for group in groups]
+        order = torch.cat([group.where for group in groups]).argsort()
         merge: Callable[..., Tensor] = lambda *parts: torch.cat(parts).index_select(0, order)  # noqa: E731
         outputs, tapped = zip(*results, strict=True)
         return merge(*outputs), [merge(*parts) for parts in zip(*tapped, strict=True)]
@@ -214,10 +221,12 @@ class SparseFeatures(nn.Module):
         return _widened(x, group.kept[layer], self.widths[layer]), tapped
 
 
-def _widened(x: Tensor, kept: Kept | None, width: int) -> Tensor:
+def _widened(x: Tensor, kept: Kept | RaggedKept | None, width: int) -> Tensor:
     """All channels of compact features: those not computed are zero."""
     if kept is None:
         return x
+    if isinstance(kept, RaggedKept):
+        return kept.widened(x, width)
     out = x.new_zeros(x.shape[0], width, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
     return out.index_copy_(1, kept.index, x)
 
@@ -259,6 +268,7 @@ def sparse_vgg(network: Any, cache: WeightCache) -> Any:
     view = eval_view(network)
     view.gating = PlannedGating(network.gating)
     features = view.features = SparseFeatures(network, cache)
+    view.gating.segments = segments(view)
     if any(layer.consumer == 'pre_logits.fc1' for layer in network.expert_layers):
         conv = network.pre_logits.fc1
         if conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
@@ -298,6 +308,8 @@ class SparseNetwork(nn.Module):
 
     Attributes:
         limits: gated layer to the largest kept fraction for which it runs on compact weights; by calibration.
+        ragged_limits: first gated layer of a segment to the largest kept fraction for which a batch runs ragged on it;
+            by calibration.
         masked: run the masked network instead, which calibration found faster.
     """
 
@@ -306,6 +318,7 @@ class SparseNetwork(nn.Module):
         self.network = network
         self.cache_mb = cache_mb
         self.limits: dict[int, float] = {}
+        self.ragged_limits: dict[int, float] = {}
         self.masked = False
         self._lock = threading.Lock()
         self._current: tuple[Any, Callable[[], bool]] | None = None
@@ -344,6 +357,7 @@ class SparseNetwork(nn.Module):
         build = sparse_vgg if hasattr(self.network, 'features') else sparse_resnet
         view = build(self.network, cache)
         for segment in segments(view):
+            segment.ragged_limit = self.ragged_limits.get(segment.first, segment.ragged_limit)
             for layer in range(len(segment.widths)):
                 segment.limits[layer] = self.limits.get(segment.first + layer, segment.limits[layer])
         self._current = (view, unchanged)
@@ -386,7 +400,7 @@ class SparseNetwork(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'SparseNetwork':
         twin = SparseNetwork(copy.deepcopy(self.network, memo), self.cache_mb)
-        twin.limits, twin.masked = dict(self.limits), self.masked
+        twin.limits, twin.ragged_limits, twin.masked = dict(self.limits), dict(self.ragged_limits), self.masked
         twin.refresh()
         return twin
 

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 from .kernels import bit_words
+from .ragged import RaggedBatch, RaggedKept, rounded
 
 GATHER_COST = 50
 """Gathering a weight costs about as much as this many multiply-accumulates with it."""
+
+
+MIN_REUSE = 64
+"""Multiply-accumulates per weight and image from which a batch runs ragged: with fewer, reading weights of its own for
+each image takes as long on an H200 as the products with all of them (2 bytes at 5 TB/s, 2 operations at 600 T/s)."""
 
 
 class Kept:
@@ -20,15 +26,19 @@ class Kept:
 
     Attributes:
         rows: their indices, int64, shape (k,).
-        index: the same as a tensor on the device of the network.
         key: identifies the set.
     """
 
     def __init__(self, chosen: np.ndarray, device: torch.device) -> None:
         self.chosen = chosen
         self.rows = np.flatnonzero(chosen)
-        self.index = torch.from_numpy(self.rows).to(device)
+        self.device = device
         self.key = chosen.tobytes()
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """`rows` as a tensor on the device of the network."""
+        return _sent([self.rows], self.device)[0]
 
     @functools.cached_property
     def bits(self) -> tuple[np.ndarray, np.ndarray]:
@@ -44,12 +54,15 @@ class Group(NamedTuple):
 
     Attributes:
         images: their indices in the batch, ascending.
-        kept: for each gated layer of the segment, the experts computed, None for all.
+        where: the same as a tensor on the device of the network.
+        kept: for each gated layer of the segment, the experts computed, None for all; of a ragged group, which is the
+            whole batch, those of each image.
         gates: for each gated layer, the gates of the experts computed, (images, k).
     """
 
     images: list[int]
-    kept: list[Kept | None]
+    where: Tensor
+    kept: list[Kept | RaggedKept | None]
     gates: list[Tensor]
 
 
@@ -84,6 +97,13 @@ class Segment:
         self.steps = [max(16, 2 ** round(math.log2(width / 32))) for width in widths]
         self.limits = [0.8] * len(self.widths)
         """Largest fraction of kept experts for which a layer runs on compact weights."""
+        self.ragged_limit = 0.8
+        """Largest fraction of kept experts, on average over images and layers, for which a batch runs ragged."""
+
+    @property
+    def layers(self) -> slice:
+        """Its gated layers among those of the network."""
+        return slice(self.first, self.first + len(self.widths))
 
     def rounded(self, layer: int, count: int) -> int:
         """Experts to compute when `count` are kept: repeated shapes let oneDNN reuse its kernels."""
@@ -105,28 +125,73 @@ class Segment:
 
 
 class Plan:
-    """The gates of a batch, brought to the host once, and the groups of images for each segment.
+    """The gates of a batch, of which the host is told once, and the groups of images for each segment.
+
+    A batch for which the kernels of `ragged` are available runs as one group: ragged, or if images keep much the same
+    experts, nearly all of them, or too few positions for weights of their own, on the experts that any image keeps.
+    Else images are put into groups by what they share.
 
     Args:
         gates: for each gated layer (B, C_l), non-negative.
+        segments: all of the network; what a GPU needs to know for a single image then is sent to it at once.
+        is_ragged: see `ragged.available`.
     """
 
-    def __init__(self, gates: Sequence[Tensor]) -> None:
+    def __init__(self, gates: Sequence[Tensor], segments: Sequence[Segment] = (), is_ragged: bool = False) -> None:
         self.gates = gates
-        widths = [gate.shape[1] for gate in gates]
-        kept = (torch.cat(list(gates), 1) > 0).cpu().numpy() if gates else np.zeros((0, 0), dtype=bool)
-        ends = np.cumsum(widths)
-        self.kept = np.split(kept, ends[:-1], axis=1) if gates else []
+        self.ragged = RaggedBatch(gates) if gates and is_ragged else None
+        self.kept: list[np.ndarray] = []
+        if gates and self.ragged is None:
+            kept = (torch.cat(list(gates), 1) > 0).cpu().numpy()
+            self.kept = np.split(kept, np.cumsum([gate.shape[1] for gate in gates])[:-1], axis=1)
+        self._ready: dict[int, Group] = {}
+        if gates and len(gates[0]) == 1 and gates[0].device.type != 'cpu':
+            gated = [segment for segment in segments if segment.widths]
+            groups = _groups([self._draft(segment, [0]) for segment in gated])
+            self._ready = {segment.first: group for segment, group in zip(gated, groups, strict=True)}
 
     def groups(self, segment: Segment, positions: int) -> list[Group]:
         """Partition the batch for a segment whose input has this many positions (H * W)."""
-        layers = range(segment.first, segment.first + len(segment.widths))
-        if not layers:
+        if not segment.widths:
             return []
-        kept = [self.kept[layer] for layer in layers]
-        gates = [self.gates[layer] for layer in layers]
-        partition = _partition(segment, kept, positions)
-        return [_group(segment, kept, gates, images) for images in partition]
+        if segment.first in self._ready:
+            return [self._ready[segment.first]]
+        if self.ragged is None:
+            partition = _partition(segment, self.kept[segment.layers], positions)
+            return _groups([self._draft(segment, images) for images in partition])
+        images = list(range(len(self.gates[0])))
+        if not _pays_ragged(segment, self.ragged, positions):
+            return _groups([self._draft(segment, images)])
+        kept, gates = self.ragged.kept(segment.layers)
+        return [Group(images, torch.arange(len(images), device=gates[0].device), [*kept], gates)]
+
+    def _draft(self, segment: Segment, images: list[int]) -> '_Draft':
+        if self.ragged is not None:
+            unions = self.ragged.union[segment.layers]
+        else:
+            unions = [np.logical_or.reduce(mask[images], axis=0) for mask in self.kept[segment.layers]]
+        gates = self.gates[segment.layers]
+        return _Draft(images, [_choice(segment, i, union, gates[0].device) for i, union in enumerate(unions)], gates)
+
+
+class _Draft(NamedTuple):
+    """A group on the host; `gates` are those of the whole batch and of all experts."""
+
+    images: list[int]
+    kept: list[Kept | None]
+    gates: Sequence[Tensor]
+
+
+def _pays_ragged(segment: Segment, batch: RaggedBatch, positions: int) -> bool:
+    counts = batch.counts[segment.layers]
+    if counts.sum() > segment.ragged_limit * sum(segment.widths) * counts.shape[1]:
+        return False
+    weights = sum(reader.weights for reader in segment.readers)
+    products = sum(reader.weights * reader.positions for reader in segment.readers) * positions
+    if products < MIN_REUSE * weights:
+        return False
+    together = [int(np.count_nonzero(union)) for union in batch.union[segment.layers]]
+    return any(rounded(all_) > rounded(most) for all_, most in zip(together, counts.max(axis=1).tolist(), strict=True))
 
 
 def _partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[list[int]]:
@@ -157,24 +222,43 @@ def _partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list
     return partition
 
 
-def _group(segment: Segment, kept: list[np.ndarray], gates: list[Tensor], images: list[int]) -> Group:
-    chosen: list[Kept | None] = []
-    scales: list[Tensor] = []
-    for layer, (mask, gate) in enumerate(zip(kept, gates, strict=True)):
-        if len(images) < len(gate):
-            gate = gate[images]
-        union = np.logical_or.reduce(mask[images], axis=0)
-        kept_count = int(np.count_nonzero(union))
-        count = segment.rounded(layer, kept_count)
-        if count > segment.limits[layer] * segment.widths[layer]:
-            chosen.append(None)
-            scales.append(gate)
-            continue
-        if count > kept_count:
-            # Rounded up with closed experts: their gate of zero leaves the result as it is.
-            union = union.copy()
-            union[np.flatnonzero(~union)[: count - kept_count]] = True
-        own = Kept(union, gate.device)
-        chosen.append(own)
-        scales.append(gate.index_select(1, own.index))
-    return Group(images, chosen, scales)
+def _choice(segment: Segment, layer: int, union: np.ndarray, device: torch.device) -> Kept | None:
+    kept_count = int(np.count_nonzero(union))
+    count = segment.rounded(layer, kept_count)
+    if count > segment.limits[layer] * segment.widths[layer]:
+        return None
+    if count > kept_count:
+        # Rounded up with closed experts: their gate of zero leaves the result as it is.
+        union = union.copy()
+        union[np.flatnonzero(~union)[: count - kept_count]] = True
+    return Kept(union, device)
+
+
+def _groups(drafts: Sequence[_Draft]) -> list[Group]:
+    """Bring groups to the device in one transfer."""
+    if not drafts:
+        return []
+    chosen = [kept for draft in drafts for kept in draft.kept if kept is not None]
+    arrays = [np.array(draft.images) for draft in drafts] + [kept.rows for kept in chosen]
+    indices = _sent(arrays, drafts[0].gates[0].device)
+    for experts, index in zip(chosen, indices[len(drafts) :], strict=True):
+        experts.index = index
+    groups = []
+    for draft, images in zip(drafts, indices, strict=False):
+        gates = []
+        for kept, gate in zip(draft.kept, draft.gates, strict=True):
+            if len(images) < len(gate):
+                gate = gate.index_select(0, images)
+            gates.append(gate if kept is None else gate.index_select(1, kept.index))
+        groups.append(Group(draft.images, images, [*draft.kept], gates))
+    return groups
+
+
+def _sent(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Indices on the device, by one transfer that nobody waits for."""
+    if device.type == 'cpu':
+        return [torch.from_numpy(array) for array in arrays]
+    joined = torch.from_numpy(np.concatenate(arrays))
+    if device.type == 'cuda':
+        joined = joined.pin_memory()
+    return list(joined.to(device, non_blocking=True).split([len(array) for array in arrays]))

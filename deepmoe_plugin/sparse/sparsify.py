@@ -15,8 +15,10 @@ def sparsify(model: nn.Module, calibrate: Tensor | None = None, cache_mb: float 
 
     Args:
         model: a DeepMoE network, or any module that holds one (`features_only` models, segmentors).
-        calibrate: images (B, in_chans, H, W) of the size to come. Each layer then is timed on this machine, and runs
-            on compact weights only where that is faster.
+        calibrate: images (B, in_chans, H, W) of the size, and as many, as to come. Each layer then is timed on this
+            machine, and runs on compact weights only where that is faster. On a GPU, so are the kernels for batches
+            whose images keep different experts, which without calibration run on trust: they have not been measured
+            on a GPU yet.
         cache_mb: MiB of gathered weights kept for gates that come again (video, similar images); 0 keeps none.
 
     Returns:
