@@ -98,9 +98,9 @@ def create_network(
     with torch.device(device):
         model = timm.create_model(settings['model'], **{**kwargs, **settings['model_kwargs']})
     if checkpoint is not None:
-        check_readable(checkpoint)
+        check_readable(checkpoint, '--checkpoint')
         if isinstance(model, deepmoe_plugin.DeepMoE):
-            check_complete(load_state_dict(checkpoint, use_ema), model, checkpoint)
+            check_complete(load_state_dict(checkpoint, use_ema), model, checkpoint, settings['model'])
         try:
             load_checkpoint(model, checkpoint, use_ema)
         except RuntimeError as error:
