@@ -207,6 +207,23 @@ def test_cache_admits_at_the_second_request() -> None:
 
 
 @torch.no_grad()
+def test_calls_in_and_out_of_inference_mode() -> None:
+    """What one call leaves for the next must serve it in any mode; a thread of its own starts without leftovers."""
+    model = network('cifar', layers=(1, 1, 1), widen=4)
+    sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 1, 0.4)), cache_mb=0)
+    x = images(1)
+
+    def run(mode: Any) -> Tensor:
+        with mode():
+            return sparse(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        modes = (torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode)
+        first, *others = [pool.submit(run, mode).result() for mode in modes]
+    for other in others:
+        torch.testing.assert_close(other, first)
+
+
 def test_memory_does_not_grow() -> None:
     model = network('cifar', layers=(1, 1, 1), widen=2)
     sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 1, 0.4)), cache_mb=0.1)

@@ -74,7 +74,8 @@ class _Scratch(threading.local):
             return like.new_empty(numel)
         buffer = self.buffers.get(like.dtype)
         if buffer is None or buffer.numel() < numel:
-            buffer = self.buffers[like.dtype] = like.new_empty(numel)
+            with torch.inference_mode(False):  # the next call may come outside of inference mode
+                buffer = self.buffers[like.dtype] = like.new_empty(numel)
         return buffer[:numel]
 
 
