@@ -1,6 +1,7 @@
-"""DeepMoE (deep mixture of experts via shallow embedding) for timm.
+"""DeepMoE (deep mixture of experts via shallow embedding) for timm and MMSegmentation.
 
-Importing this package registers its models with timm and lets timm's training tasks optimise the DeepMoE objective.
+Importing this package registers its models with timm and lets timm's training tasks optimise the DeepMoE objective;
+importing `deepmoe_plugin.mmseg` registers backbones and hooks with MMSegmentation.
 """
 
 from typing import Any
