@@ -9,15 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ragged
+from . import packing, ragged
 from .fold import fold_norm
-from .kernels import LANES, compact_kernel
+from .kernels import LANES, gather_kernel
 from .plan import Kept
 from .ragged import RaggedKept
-
-SMALL_MAP = {True: 1024, False: 64}
-"""Up to this many output positions a pointwise (True) or other (False) convolution is one matrix product: oneDNN would
-first copy the weights into a layout of its own, which costs more than it gains on small maps."""
 
 
 class WeightCache:
@@ -30,7 +26,7 @@ class WeightCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.size = 0
-        self._weights: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._weights: OrderedDict[tuple[object, ...], tuple[Tensor, int]] = OrderedDict()
         self._seen: OrderedDict[int, None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -39,10 +35,10 @@ class WeightCache:
         if not self.capacity:
             return None, False
         with self._lock:
-            weight = self._weights.get(key)
-            if weight is not None:
+            entry = self._weights.get(key)
+            if entry is not None:
                 self._weights.move_to_end(key)
-                return weight, False
+                return entry[0], False
             digest = hash(key)
             again = digest in self._seen
             self._seen[digest] = None
@@ -51,42 +47,23 @@ class WeightCache:
                 self._seen.popitem(last=False)
             return None, again
 
-    def put(self, key: tuple[object, ...], weight: Tensor) -> None:
-        size = weight.numel() * weight.element_size()
+    def put(self, key: tuple[object, ...], weight: Tensor, num_bytes: int) -> None:
         with self._lock:
-            if key in self._weights or size > self.capacity:
+            if key in self._weights or num_bytes > self.capacity:
                 return
-            self._weights[key] = weight
-            self.size += size
+            self._weights[key] = weight, num_bytes
+            self.size += num_bytes
             while self.size > self.capacity:
-                _, old = self._weights.popitem(last=False)
-                self.size -= old.numel() * old.element_size()
-
-
-class _Scratch(threading.local):
-    """A buffer of each thread for weights that are used once: it stays in the processor's cache."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-    def take(self, like: Tensor, numel: int) -> Tensor:
-        if like.device.type != 'cpu':
-            return like.new_empty(numel)
-        buffer = self.buffers.get(like.dtype)
-        if buffer is None or buffer.numel() < numel:
-            with torch.inference_mode(False):  # the next call may come outside of inference mode
-                buffer = self.buffers[like.dtype] = like.new_empty(numel)
-        return buffer[:numel]
-
-
-_scratch = _Scratch()
+                _, (_, freed) = self._weights.popitem(last=False)
+                self.size -= freed
 
 
 class GatherConv:
     """A convolution with its norm folded in that can leave out input and output channels.
 
-    The weight is stored as (O, T, I), T the positions of the kernel: rows of kept outputs are contiguous, kept inputs
-    are compacted (`kernels`), and what comes out is the channels-last layout that the convolution wants.
+    Where the gather of `kernels` is available, the weight is stored as (T, I, O), T the positions of the kernel, and
+    what is kept is gathered into the layout that oneDNN computes with. Elsewhere it is stored as (O, T, I): what is
+    kept then comes out channels last.
 
     Args:
         conv, norm: of the network; the norm may be None.
@@ -105,20 +82,22 @@ class GatherConv:
         self.out_channels, self.in_channels, *kernel = weight.shape
         self.kernel = tuple(kernel)
         self.taps = kernel[0] * kernel[1]
-        self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation))
-        # The kernel reads whole vectors, at the end of the last row beyond the weights.
-        buffer = weight.new_zeros(weight.numel() + LANES)
-        self.stored = buffer[: weight.numel()].view(self.out_channels, self.taps, self.in_channels)
-        self.stored.view(self.out_channels, *kernel, self.in_channels).copy_(weight.permute(0, 2, 3, 1))
+        self.geometry = (tuple(conv.padding), tuple(conv.stride), tuple(conv.dilation))
+        self.fused = packing.available(weight)
+        self.gather = gather_kernel(weight.dtype) if self.fused else None
+        if self.gather is not None:
+            # The gather reads whole vectors, at the end of the last row beyond the weights.
+            buffer = weight.new_zeros(weight.numel() + LANES)
+            self.stored = buffer[: weight.numel()].view(self.taps, self.in_channels, self.out_channels)
+        else:
+            self.stored = weight.new_empty(self.out_channels, self.taps, self.in_channels)
+        self._as_kernel(self.stored).copy_(weight)
         self.bias = bias
-        self.all_rows = np.arange(self.out_channels)
         self.cache = cache
-        self.packed: Tensor | None = None
-        self.by_input: Tensor | None = None
-        is_cpu = weight.device.type == 'cpu'
-        has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_convolution_pointwise')
-        self.fused = is_cpu and has_onednn and weight.dtype in (torch.float32, torch.bfloat16)
-        self.as_product = is_cpu and weight.dtype in (torch.float32, torch.float64)
+        self.all_inputs = np.ones(self.in_channels, dtype=bool)
+        self.all_outputs = np.ones(self.out_channels, dtype=bool)
+        self.dense: tuple[packing.Form, Tensor] | None = None
+        self.other: Tensor | None = None
 
     def out_size(self, x: Tensor) -> tuple[int, int]:
         """Output (H, W) for an input (B, C, H, W)."""
@@ -142,7 +121,7 @@ class GatherConv:
             x: (B, kept inputs, H, W).
             reads, writes: which inputs `x` holds and which outputs to compute, None for all; if each image has channels
                 of its own, see `ragged`.
-            gate: factors for the outputs, (B, kept outputs), non-negative.
+            gate: factors for all outputs, (B, O), non-negative; with ragged outputs, for those of each image.
             relu: apply ReLU (before the gate).
             add_to: added to the result before the ReLU, may be overwritten; not with a gate.
 
@@ -154,128 +133,102 @@ class GatherConv:
             assert not isinstance(writes, Kept)
             return ragged.convolve(self, x, reads, writes, gate, relu, add_to)
         x = x.contiguous(memory_format=torch.channels_last)
-        size = self.out_size(x)
-        positions = x.shape[0] * size[0] * size[1]
-        bias = self.bias if writes is None else self.bias.index_select(0, writes.index)
+        bias = self.bias
         if reads is None and writes is None:
-            return self._scaled(self._convolution(x, self.stored, bias, relu, add_to), gate)
-        is_product = self.as_product and positions <= SMALL_MAP[self.taps == 1]
-        if is_product and writes is None:
-            weight, _ = self._gathered(reads, writes, self._input_rows)
-            return self._scaled(self._product(x, weight.flatten(0, 1), bias, size, relu, add_to, 'CT'), gate)
-        weight, is_scratch = self._gathered(reads, writes, self._compacted)
-        if gate is not None and relu and x.shape[0] == 1 and weight.numel() < positions * len(bias):
-            factor = gate[0].to(weight.dtype)
-            weight = torch.mul(weight, factor[:, None, None], out=weight if is_scratch else None)
-            bias = bias * factor
-            gate = None
-        if is_product:
-            return self._scaled(self._product(x, weight.flatten(1).t(), bias, size, relu, add_to, 'TC'), gate)
-        return self._scaled(self._convolution(x, weight, bias, relu, add_to), gate)
-
-    @staticmethod
-    def _scaled(y: Tensor, gate: Tensor | None) -> Tensor:
+            weight = self._dense(x)
+        else:
+            foldable = gate is not None and relu and len(x) == 1 and gate.dtype == x.dtype == torch.float32
+            weight, is_folded = self._gathered(x, reads, writes, gate if foldable else None)
+            if gate is not None and is_folded:
+                bias = bias * gate[0]
+                gate = None
+        if writes is not None:
+            bias = bias.index_select(0, writes.index)
+            gate = None if gate is None else gate.index_select(1, writes.index)
+        y = self._convolution(x, weight, bias, relu, add_to)
         return y if gate is None else y.mul_(gate.to(y.dtype)[:, :, None, None])
 
-    def _gathered(
-        self, reads: Kept | None, writes: Kept | None, gather: Callable[[Kept | None, Kept | None, Tensor], Tensor]
-    ) -> tuple[Tensor, bool]:
-        """Compact weight in the layout of `gather`, and whether it may be overwritten."""
-        key = (id(self), reads and reads.key, writes and writes.key, gather.__name__)
-        weight, store = self.cache.get(key)
-        if weight is not None:
+    def _dense(self, x: Tensor) -> Tensor:
+        """All weights, for inputs of this shape."""
+        kernel = self._as_kernel(self.stored)
+        if not self.fused:
+            return kernel
+        form = self._form(x, self.in_channels, self.out_channels)
+        dense = self.dense
+        if dense is None or dense[0] != form:
+            dense = self.dense = form, form.pack(kernel)
+        return dense[1]
+
+    def _gathered(self, x: Tensor, reads: Kept | None, writes: Kept | None, gate: Tensor | None) -> tuple[Tensor, bool]:
+        """Compact weights for inputs of this shape, and whether the outputs' gate (1, O) is multiplied in."""
+        num_inputs = self.in_channels if reads is None else len(reads)
+        num_outputs = self.out_channels if writes is None else len(writes)
+        form = self._form(x, num_inputs, num_outputs)
+        store = False
+        if self.cache.capacity:
+            key = (id(self), reads and reads.key, writes and writes.key, form)
+            weight, store = self.cache.get(key)
+            if weight is not None:
+                return weight, False
+        packed = None
+        if self.gather is not None:
+            packed = form.empty() if store else packing.scratch(form)
+        if self.gather is None or packed is None:
+            weight = self._selected(reads, writes)
+            if store:
+                self.cache.put(key, weight, weight.numel() * weight.element_size())
             return weight, False
-        num_out = self.out_channels if writes is None else len(writes)
-        num_in = self.in_channels if reads is None else len(reads)
-        numel = num_out * self.taps * num_in
-        weight = gather(reads, writes, self.stored.new_empty(numel) if store else _scratch.take(self.stored, numel))
+        inputs = self.all_inputs if reads is None else reads.chosen
+        outputs = self.all_outputs if writes is None else writes.chosen
+        factors = None if gate is None or store else gate.contiguous()
+        self.gather(self.stored, inputs, outputs, factors, packed.address, packed.blocks)
         if store:
-            self.cache.put(key, weight)
-        return weight, not store
+            self.cache.put(key, packed.opaque, packed.num_bytes)
+        return packed.opaque, factors is not None
 
-    def _compacted(self, reads: Kept | None, writes: Kept | None, out: Tensor) -> Tensor:
-        """(kept outputs, T, kept inputs)."""
-        num_out = self.out_channels if writes is None else len(writes)
-        out = out.view(num_out, self.taps, -1)
-        kernel = compact_kernel(out.dtype) if out.device.type == 'cpu' else None
-        if reads is None:
-            assert writes is not None
-            return torch.index_select(self.stored, 0, writes.index, out=out)
-        if kernel is not None:
-            kernel(self.stored, self.all_rows if writes is None else writes.rows, *reads.bits, out)
-            return out
-        rows = self.stored if writes is None else self.stored.index_select(0, writes.index)
-        return torch.index_select(rows, 2, reads.index, out=out)
+    def _selected(self, reads: Kept | None, writes: Kept | None) -> Tensor:
+        """Compact weights (kept outputs, kept inputs, kernel height, kernel width), by torch's means."""
+        input_dim, output_dim = (2, 0) if self.gather is None else (1, 2)
+        weight = self.stored
+        if writes is not None:
+            weight = weight.index_select(output_dim, writes.index)
+        if reads is not None:
+            weight = weight.index_select(input_dim, reads.index)
+        return self._as_kernel(weight)
 
-    def _input_rows(self, reads: Kept | None, writes: Kept | None, out: Tensor) -> Tensor:
-        """(kept inputs, T, all outputs)."""
-        assert reads is not None
-        rows = self.input_rows()
-        return torch.index_select(rows, 0, reads.index, out=out.view(-1, *rows.shape[1:]))
+    def _as_kernel(self, weight: Tensor) -> Tensor:
+        """A view (outputs, inputs, kernel height, kernel width) of weights in the order in which they are stored."""
+        if self.gather is None:
+            return weight.view(len(weight), *self.kernel, -1).permute(0, 3, 1, 2)
+        return weight.view(*self.kernel, *weight.shape[1:]).permute(3, 2, 0, 1)
 
-    def input_rows(self) -> Tensor:
-        """A second copy of the weights, (I, T, O): one contiguous row for each input."""
-        if self.by_input is None:
-            self.by_input = self.stored.permute(2, 1, 0).contiguous()
-        return self.by_input
+    def _form(self, x: Tensor, inputs: int, outputs: int) -> packing.Form:
+        sizes = (outputs, inputs, *self.kernel)
+        return packing.Form(sizes, self.geometry, tuple(x.shape), x.dtype, torch.get_num_threads())
+
+    def by_output(self) -> Tensor:
+        """All weights, (O, T, I)."""
+        return self.stored if self.gather is None else self._other_order()
+
+    def by_input(self) -> Tensor:
+        """All weights, (T, I, O)."""
+        return self._other_order() if self.gather is None else self.stored
+
+    def _other_order(self) -> Tensor:
+        """A second copy of the weights, in the order in which they are not stored."""
+        if self.other is None:
+            order = (1, 2, 0) if self.gather is None else (2, 0, 1)
+            self.other = self.stored.permute(order).contiguous()
+        return self.other
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, add_to: Tensor | None) -> Tensor:
+        if self.fused:
+            return packing.convolve(x, weight, bias, self.geometry, relu, add_to)
         padding, stride, dilation = self.geometry
-        kernel = weight.view(weight.shape[0], *self.kernel, weight.shape[2]).permute(0, 3, 1, 2)
-        if not self.fused:
-            y = F.conv2d(x, kernel, bias, stride, padding, dilation)
-            if add_to is not None:
-                y = add_to.add_(y)
-            return y.relu_() if relu else y
-        if weight is self.stored:
-            if self.packed is None:
-                self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-                    kernel, padding, stride, dilation, 1, list(x.shape)
-                )
-            kernel = self.packed
-        geometry = (padding, stride, dilation, 1)
-        unary = 'relu' if relu else 'none'
-        if add_to is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, kernel, bias, *geometry, unary, [], '')
-        after = 'relu' if relu else None
-        return torch.ops.mkldnn._convolution_pointwise_.binary(
-            add_to, x, kernel, bias, *geometry, 'add', None, after, [], ''
-        )
-
-    def _product(
-        self,
-        x: Tensor,
-        matrix: Tensor,
-        bias: Tensor,
-        size: tuple[int, int],
-        relu: bool,
-        add_to: Tensor | None,
-        order: str,
-    ) -> Tensor:
-        patches = self._patches(x, size, order)
-        if add_to is None:
-            y = torch.addmm(bias, patches, matrix)
-        else:
-            y = add_to.permute(0, 2, 3, 1).reshape(-1, matrix.shape[1])
-            y = y.add_(bias).addmm_(patches, matrix)
-        if relu:
-            y.relu_()
-        return y.view(x.shape[0], *size, -1).permute(0, 3, 1, 2)
-
-    def _patches(self, x: Tensor, size: tuple[int, int], order: str) -> Tensor:
-        """The inputs of every output position, (positions, T * C); order 'CT' puts the kernel positions innermost."""
-        (ph, pw), (sh, sw), (dh, dw) = self.geometry
-        x = x.permute(0, 2, 3, 1)
-        if ph or pw:
-            x = F.pad(x, (0, 0, pw, pw, ph, ph))
-        images, _, _, channels = x.shape
-        by_image, by_row, by_column, by_channel = x.stride()
-        shape = (images, *size, *self.kernel, channels)
-        stride = (by_image, sh * by_row, sw * by_column, dh * by_row, dw * by_column, by_channel)
-        patches = x.as_strided(shape, stride)
-        if order == 'CT':
-            patches = patches.permute(0, 1, 2, 5, 3, 4)
-        return patches.reshape(images * size[0] * size[1], self.taps * channels)
+        y = F.conv2d(x, weight, bias, stride, padding, dilation)
+        if add_to is not None:
+            y = add_to.add_(y)
+        return y.relu_() if relu else y
 
 
 class FoldedSequence(nn.Module):

@@ -83,23 +83,26 @@ class SparseBlock(nn.Module):
         else:
             stream = x.clone() if self.keeps_input else x
         groups = plan.groups(self.segment, x.shape[2] * x.shape[3])
-        if len(groups) == 1:
-            return self._run(x, groups[0], stream)
-        results: list[tuple[Any, Tensor]] = []
-        for group in groups:
-            chosen = slice(group.images[0], group.images[0] + 1) if len(group.images) == 1 else group.where
-            results.append((chosen, self._run(x[chosen], group, stream[chosen])))
-        for chosen, result in results:
-            if not isinstance(chosen, slice) or result.data_ptr() != stream[chosen].data_ptr():
-                stream[chosen] = result
+        parts = [group.part for group in groups]
+        # Convolution by convolution, so that groups in turn find the weights in the cache.
+        inputs = [x[part] for part in parts]
+        for i, (conv, act) in enumerate(zip(self.convs[:-1], self.acts, strict=False)):
+            inputs = [
+                _layer(conv, act, part, group, self.reads[i], self.writes[i])
+                for part, group in zip(inputs, groups, strict=True)
+            ]
+            if self.blur is not None and i == len(self.convs) - 2:
+                inputs = [self.blur(part) for part in inputs]
+        for part, group, inner in zip(parts, groups, inputs, strict=True):
+            result = self._close(inner, group, stream[part])
+            if len(groups) == 1:
+                return result
+            if not isinstance(part, slice) or result.data_ptr() != stream[part].data_ptr():
+                stream[part] = result
         return stream
 
-    def _run(self, x: Tensor, group: Group, stream: Tensor) -> Tensor:
-        for i, (conv, act) in enumerate(zip(self.convs[:-1], self.acts, strict=False)):
-            reads, writes = self.reads[i], self.writes[i]
-            x = _layer(conv, act, x, group, reads, writes)
-            if self.blur is not None and i == len(self.convs) - 2:
-                x = self.blur(x)
+    def _close(self, x: Tensor, group: Group, stream: Tensor) -> Tensor:
+        """The last convolution, added to the residual stream."""
         last = self.reads[-1]
         kept = None if last is None else group.kept[last]
         if self.attention is None and self.acts[-1] is None:
@@ -127,7 +130,11 @@ def _layer(
     if act is None:
         return conv(x, kept_in, kept_out, gate, relu=True)
     x = act(conv(x, kept_in, kept_out))
-    return x if gate is None else x * gate.to(x.dtype)[:, :, None, None]
+    if gate is None:
+        return x
+    if isinstance(kept_out, Kept):
+        gate = gate.index_select(1, kept_out.index)
+    return x * gate.to(x.dtype)[:, :, None, None]
 
 
 def sparse_resnet(network: Any, cache: WeightCache) -> Any:

@@ -1,16 +1,17 @@
-"""Gather of kept input channels at memory speed on the CPU, on torch's own threads; needs numba, and AVX-512.
+"""Gather of kept channels at memory speed on the CPU, on torch's own threads; needs numba.
 
-A convolution weight stored as rows of `(kernel position, input channel)` loses the channels that are not kept. The
-kept channels come in ascending order, so the gather is a stream compaction: AVX-512 compacts a whole vector of
-channels with one instruction, which leaves memory as the only limit. The work runs in the OpenMP pool that torch has
-started already: a second pool would fight it for the cores.
+A convolution weight is stored as (kernel position, input, output). What is kept of it is written straight into the
+blocked layout that oneDNN computes with (`packing`): whole rows of closed inputs are never read, closed outputs are
+squeezed out of the rows that are. Kept channels come in ascending order, so squeezing is a stream compaction, one
+instruction for a vector of channels with AVX-512. The work runs in the OpenMP pool that torch has started already: a
+second pool would fight it for the cores.
 """
 
 import ctypes
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,75 +20,92 @@ from torch import Tensor
 _logger = logging.getLogger(__name__)
 
 LANES = 16
+"""Channels that are squeezed at a time; a stored weight ends with as many unused elements."""
+STEP = 8
+"""Channels that are copied at a time; blocks are multiples of it."""
+ROWS = 8
+"""Rows that are squeezed before they are copied: reading at once what was just written in other pieces would stall."""
+SHARES = 4
+"""Parts of the work for each thread: a thread that comes late leaves its parts to the others."""
 
-Compact = Callable[[Tensor, np.ndarray, np.ndarray, np.ndarray, Tensor], None]
 
+class Blocks(NamedTuple):
+    """Weights as oneDNN's matrix kernels read them: (O / outputs, T, inputs / pair, outputs, pair).
 
-def bit_words(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Describe kept channels for `compact`.
-
-    Args:
-        kept: boolean, shape (I,).
-
-    Returns:
-        For every `LANES` channels: their bits (uint16, channel 0 lowest) and the number of kept channels before them
-        (int64).
+    Attributes:
+        outputs: output channels of a block, a multiple of `STEP`; the last block is filled up with zeros.
+        inputs: input channels, filled up with zeros to what oneDNN wants.
+        pair: neighbouring inputs side by side: 2 for 16-bit types, else 1.
     """
-    padded = np.zeros(-(-len(kept) // LANES) * LANES, dtype=bool)
-    padded[: len(kept)] = kept
-    words = np.packbits(padded, bitorder='little').view(np.uint16)
-    counts = padded.reshape(-1, LANES).sum(1)
-    return words, np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+
+    outputs: int
+    inputs: int
+    pair: int
+
+
+Gather = Callable[[Tensor, np.ndarray, np.ndarray, Tensor | None, int, Blocks], None]
 
 
 @functools.cache
-def compact_kernel(dtype: torch.dtype) -> Compact | None:
+def gather_kernel(dtype: torch.dtype) -> Gather | None:
     """The gather for weights of this type, compiled on first use; None where it is not available.
 
-    The kernel takes `(stored, rows, words, starts, out)`: `stored` (O, T, I) contiguous, with room to read `LANES`
-    elements beyond its end, the row indices (int64, shape (k,)), what `bit_words` returns, and `out` (k, T, number of
-    kept channels).
+    The kernel takes `(stored, inputs, outputs, factors, target, blocks)`: `stored` (T, I, O) contiguous, with room to
+    read `LANES` elements beyond its end; which channels are kept, boolean, shapes (I,) and (O,); a factor for each
+    output, kept or not (float32, shape (O,), contiguous), or None, always None in 16 bits; the address of weights in
+    the layout `blocks`, of which it writes what belongs to kept inputs.
     """
-    bits = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16, torch.float64: 64}.get(dtype)
+    pair = {torch.float32: 1, torch.bfloat16: 2}.get(dtype)
     openmp = _torch_openmp()
-    if bits is None or openmp is None:
+    if pair is None or openmp is None:
         return None
     try:
-        compiled = _compile(bits)
+        compiled = _compile(pair)
     except ImportError:
         _logger.info('numba is not installed: sparse execution on the CPU gathers its weights more slowly.')
         return None
-    if compiled is None:
-        return None
-    address = compiled.address
+    entry, run = compiled.address, compiled.ctypes
 
-    def compact(stored: Tensor, rows: np.ndarray, words: np.ndarray, starts: np.ndarray, out: Tensor) -> None:
-        num_rows, taps, kept = out.shape
-        threads = max(1, min(torch.get_num_threads(), num_rows))
+    def gather(
+        stored: Tensor, inputs: np.ndarray, outputs: np.ndarray, factors: Tensor | None, target: int, blocks: Blocks
+    ) -> None:
+        taps, in_channels, out_channels = stored.shape
+        threads = torch.get_num_threads()
+        # For each thread: squeezed rows, squeezed factors, and the kept channels of both sides.
+        pitch = -(-(out_channels + blocks.outputs + LANES) // LANES) * LANES
+        room = ROWS * pitch * stored.element_size() + 4 * pitch + 8 * (in_channels + 3 * out_channels)
+        room = -(-room // 64) * 64
+        rooms = np.empty(threads * room, dtype=np.uint8)
         args = np.array(
-            [
+            (
                 stored.data_ptr(),
-                rows.ctypes.data,
-                words.ctypes.data,
-                starts.ctypes.data,
-                out.data_ptr(),
-                num_rows,
+                inputs.ctypes.data,
+                outputs.ctypes.data,
+                0 if factors is None else factors.data_ptr(),
+                target,
+                rooms.ctypes.data,
                 taps,
-                stored.shape[2],
-                kept,
-                4 * threads,
+                in_channels,
+                out_channels,
+                blocks.outputs,
+                blocks.inputs,
+                pitch,
+                room,
+                SHARES * threads,
                 0,
                 0,
-            ],
+                0,
+            ),
             dtype=np.int64,
         )
-        args[10] = args.ctypes.data + 88
+        address = args.ctypes.data
+        args[14] = address + 15 * args.itemsize
         if threads == 1:
-            compiled.ctypes(args.ctypes.data)
+            run(address)
         else:
-            openmp.GOMP_parallel(address, args.ctypes.data, threads, 0)
+            openmp.GOMP_parallel(entry, address, threads, 0)
 
-    return compact
+    return gather
 
 
 @functools.cache
@@ -108,26 +126,38 @@ def _torch_openmp() -> Any:
     return library
 
 
-@functools.cache
-def _compile(bits: int) -> Any:
+def _has_compaction(pair: int) -> bool:
+    """Whether the processor squeezes vectors of 32 (pair 1) or 16 bits (pair 2) in a register."""
     import llvmlite.binding
-    from llvmlite import ir
-    from numba import carray, cfunc, extending, types
 
     features = llvmlite.binding.get_host_cpu_features()
-    if not features.get('avx512f') or (bits == 16 and not features.get('avx512vbmi2')):
-        return None
+    return all(features.get(name) for name in (('avx512f',) if pair == 1 else ('avx512vl', 'avx512vbmi2')))
+
+
+def _compile(pair: int) -> Any:
+    from llvmlite import ir
+    from numba import carray, cfunc, extending, njit, types
+
     intrinsic: Any = extending.intrinsic
-    element = ir.IntType(bits)
+    element = ir.IntType(32 // pair)
     vector = ir.VectorType(element, LANES)
+    part = ir.VectorType(element, STEP)
+    size = 4 // pair
+    compacts = _has_compaction(pair)
+
+    def load(builder: Any, address: Any, kind: Any) -> Any:
+        return builder.load(builder.inttoptr(address, kind.as_pointer()), align=size)
+
+    def store(builder: Any, value: Any, address: Any) -> None:
+        builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=size)
 
     @intrinsic
     def take_ticket(typingctx: Any, address: Any) -> Any:
-        """Add one to the counter at `address`, return what it was: threads take shares until none is left."""
+        """Add one to the counter at `address`, return what it was."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-            return builder.atomic_rmw('add', pointer, ir.Constant(ir.IntType(64), 1), 'monotonic')
+            counter = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+            return builder.atomic_rmw('add', counter, ir.Constant(ir.IntType(64), 1), 'monotonic')
 
         return types.int64(types.int64), codegen
 
@@ -139,40 +169,155 @@ def _compile(bits: int) -> Any:
         return types.voidptr(types.int64), codegen
 
     @intrinsic
-    def compress_store(typingctx: Any, source: Any, target: Any, word: Any) -> Any:
-        """Write the lanes of the vector at `source` whose bits are set in `word` side by side to `target`."""
+    def squeeze(typingctx: Any, source: Any, target: Any, word: Any) -> Any:
+        """Write the lanes at `source` whose bits are set in `word` side by side to `target`, and zeros behind them.
+
+        In a register, then as a whole: compaction into memory is hundreds of times slower on some processors (Zen 4).
+        """
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            source, target, word = args
-            value = builder.load(builder.inttoptr(source, vector.as_pointer()), align=bits // 8)
-            mask = builder.bitcast(word, ir.VectorType(ir.IntType(1), LANES))
-            pointer = builder.inttoptr(target, element.as_pointer())
-            kind = ir.FunctionType(ir.VoidType(), [vector, element.as_pointer(), mask.type])
-            name = f'llvm.masked.compressstore.v{LANES}i{bits}'
+            mask = builder.bitcast(args[2], ir.VectorType(ir.IntType(1), LANES))
+            kind = ir.FunctionType(vector, [vector, vector, mask.type])
+            name = f'llvm.x86.avx512.mask.compress.v{LANES}i{element.width}'
             function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-            builder.call(function, [value, pointer, mask])
+            zeros = ir.Constant(vector, None)
+            store(builder, builder.call(function, [load(builder, args[0], vector), zeros, mask]), args[1])
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.uint16), codegen
 
-    size = bits // 8
+    @intrinsic
+    def prefetch(typingctx: Any, source: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            place = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+            number = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+            name = 'llvm.prefetch.p0'
+            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            builder.call(function, [place, number(0), number(0), number(1)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    @intrinsic
+    def clear(typingctx: Any, target: Any) -> Any:
+        """Write `LANES` zeros."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            store(builder, ir.Constant(vector, None), args[0])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), codegen
+
+    @intrinsic
+    def copy_one(typingctx: Any, source: Any, target: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            store(builder, load(builder, args[0], element), args[1])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    @intrinsic
+    def copy(typingctx: Any, source: Any, pitch: Any, target: Any) -> Any:
+        """Write `STEP` outputs, those of a pair of rows `pitch` bytes apart interleaved."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            first = load(builder, args[0], part)
+            if pair == 1:
+                store(builder, first, args[2])
+                return context.get_dummy_value()
+            second = load(builder, builder.add(args[0], args[1]), part)
+            order = [lane + STEP * row for lane in range(STEP) for row in (0, 1)]
+            indices = ir.Constant(ir.VectorType(ir.IntType(32), 2 * STEP), order)
+            store(builder, builder.shuffle_vector(first, second, indices), args[2])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), codegen
+
+    @intrinsic
+    def copy_scaled(typingctx: Any, source: Any, factors: Any, target: Any) -> Any:
+        """Write `STEP` outputs times their factors, float32."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            floats = ir.VectorType(ir.FloatType(), STEP)
+            product = builder.fmul(load(builder, args[0], floats), load(builder, args[1], floats))
+            store(builder, product, args[2])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), codegen
+
+    @njit
+    def list_kept(kept: Any, rows: Any) -> int:
+        count = 0
+        for channel in range(len(kept)):
+            rows[count] = channel
+            count += kept[channel]
+        return count
 
     @cfunc(types.void(types.voidptr))
-    def compact(data: Any) -> None:
-        args = carray(data, (11,), np.int64)
-        num_rows, taps, channels, kept, shares = args[5], args[6], args[7], args[8], args[9]
-        blocks = (channels + LANES - 1) // LANES
-        rows = carray(pointer(args[1]), (num_rows,), np.int64)
-        words = carray(pointer(args[2]), (blocks,), np.uint16)
-        starts = carray(pointer(args[3]), (blocks,), np.int64)
-        share = take_ticket(args[10])
+    def gather(data: Any) -> None:
+        args = carray(data, (15,), np.int64)
+        source, factors, target = args[0], args[3], args[4]
+        taps, in_channels, out_channels = args[6], args[7], args[8]
+        block, in_pitch, pitch, shares, counters = args[9], args[10], args[11], args[13], args[14]
+        rows = args[5] + take_ticket(counters) * args[12]
+        scales = rows + ROWS * pitch * size
+        in_rows = carray(pointer(scales + 4 * pitch), (in_channels,), np.int64)
+        out_rows = carray(pointer(scales + 4 * pitch + 8 * in_channels), (out_channels,), np.int64)
+        out_words = (out_channels + LANES - 1) // LANES
+        starts = carray(pointer(scales + 4 * pitch + 8 * (in_channels + out_channels)), (out_words,), np.int64)
+        words = carray(pointer(scales + 4 * pitch + 8 * (in_channels + 2 * out_channels)), (out_words,), np.uint16)
+        kept_in = list_kept(carray(pointer(args[1]), (in_channels,), np.uint8), in_rows)
+        kept_out = list_kept(carray(pointer(args[2]), (out_channels,), np.uint8), out_rows)
+        count = 0
+        for word in range(out_words):
+            starts[word] = count
+            bits = 0
+            while count < kept_out and out_rows[count] < (word + 1) * LANES:
+                bits |= 1 << (out_rows[count] - word * LANES)
+                count += 1
+            words[word] = bits
+        batches = (kept_in + ROWS - 1) // ROWS
+        blocks = (kept_out + block - 1) // block
+        if factors:
+            full = carray(pointer(factors), (out_channels,), np.float32)
+            squeezed_factors = carray(pointer(scales), (pitch,), np.float32)
+            squeezed_factors[:] = 0
+            for k in range(kept_out):
+                squeezed_factors[k] = full[out_rows[k]]
+        share = take_ticket(counters + 8)
         while share < shares:
-            for row in range(num_rows * share // shares, num_rows * (share + 1) // shares):
-                for tap in range(taps):
-                    source = args[0] + (rows[row] * taps + tap) * channels * size
-                    target = args[4] + (row * taps + tap) * kept * size
-                    for block in range(blocks):
-                        compress_store(source + block * LANES * size, target + starts[block] * size, words[block])
-            share = take_ticket(args[10])
+            for item in range(taps * batches * share // shares, taps * batches * (share + 1) // shares):
+                tap, first = item // batches, item % batches * ROWS
+                count = min(ROWS, kept_in - first)
+                for member in range(count):
+                    weights = source + (tap * in_channels + in_rows[first + member]) * out_channels * size
+                    squeezed = rows + member * pitch * size
+                    following = first + member + 2
+                    ahead = (tap + following // kept_in) * in_channels + in_rows[following % kept_in]
+                    ahead = source + ahead * out_channels * size
+                    if compacts:
+                        for word in range(out_words):
+                            prefetch(ahead + word * LANES * size)
+                            squeeze(weights + word * LANES * size, squeezed + starts[word] * size, words[word])
+                    else:
+                        for k in range(kept_out):
+                            copy_one(weights + out_rows[k] * size, squeezed + k * size)
+                    for k in range(kept_out, blocks * block, LANES):
+                        clear(squeezed + k * size)
+                if count % pair:
+                    for k in range(0, blocks * block, LANES):
+                        clear(rows + (count * pitch + k) * size)
+                for b in range(blocks):
+                    place = target + ((b * taps + tap) * in_pitch + first) * block * size
+                    for member in range(0, count, pair):
+                        for k in range(0, block, STEP):
+                            taken = rows + (member * pitch + b * block + k) * size
+                            if pair == 1 and factors:
+                                copy_scaled(taken, scales + (b * block + k) * 4, place + k * size)
+                            else:
+                                copy(taken, pitch * size, place + k * pair * size)
+                        place += pair * block * size
+            share = take_ticket(counters + 8)
 
-    return compact
+    return gather

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels import bit_words
 from .ragged import RaggedBatch, RaggedKept, rounded
 
 GATHER_COST = 50
@@ -25,25 +24,24 @@ class Kept:
     """Experts of one gated layer that are computed for a group of images, in ascending order.
 
     Attributes:
-        rows: their indices, int64, shape (k,).
-        key: identifies the set.
+        chosen: boolean for each expert, contiguous, shape (C_l,).
+        rows: indices of the chosen ones, int64, shape (k,).
     """
 
     def __init__(self, chosen: np.ndarray, device: torch.device) -> None:
-        self.chosen = chosen
+        self.chosen = np.ascontiguousarray(chosen)
         self.rows = np.flatnonzero(chosen)
         self.device = device
-        self.key = chosen.tobytes()
+
+    @functools.cached_property
+    def key(self) -> bytes:
+        """Identifies the set."""
+        return self.chosen.tobytes()
 
     @functools.cached_property
     def index(self) -> Tensor:
         """`rows` as a tensor on the device of the network."""
         return _sent([self.rows], self.device)[0]
-
-    @functools.cached_property
-    def bits(self) -> tuple[np.ndarray, np.ndarray]:
-        """See `kernels.bit_words`."""
-        return bit_words(self.chosen)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,13 +55,19 @@ class Group(NamedTuple):
         where: the same as a tensor on the device of the network.
         kept: for each gated layer of the segment, the experts computed, None for all; of a ragged group, which is the
             whole batch, those of each image.
-        gates: for each gated layer, the gates of the experts computed, (images, k).
+        gates: for each gated layer, the gates of all experts, (images, C_l); of a ragged group, of those computed.
     """
 
     images: list[int]
     where: Tensor
     kept: list[Kept | RaggedKept | None]
     gates: list[Tensor]
+
+    @property
+    def part(self) -> slice | Tensor:
+        """What the batch is indexed with: neighbours need no copy."""
+        first, last = self.images[0], self.images[-1]
+        return slice(first, last + 1) if last - first + 1 == len(self.images) else self.where
 
 
 class Reader(NamedTuple):
@@ -110,16 +114,23 @@ class Segment:
         step = self.steps[layer]
         return min(self.widths[layer], max(step, -(-count // step) * step))
 
-    def cost(self, counts: Sequence[int] | np.ndarray, images: int, positions: int) -> float:
-        """Multiply-accumulates, gathering included, when `counts` experts of each layer are computed."""
-        fractions = []
-        for layer, width in enumerate(self.widths):
-            fraction = self.rounded(layer, int(counts[layer])) / width
-            fractions.append(fraction if fraction <= self.limits[layer] else 1.0)
-        total = 0.0
+    def cost(self, counts: np.ndarray, images: np.ndarray | int, positions: int) -> np.ndarray:
+        """Multiply-accumulates, gathering included, of groups that compute `counts` experts of each layer.
+
+        Args:
+            counts: shape (groups, layers).
+            images: number of images of each group.
+            positions: of the segment's input.
+        """
+        steps, widths = np.array(self.steps), np.array(self.widths)
+        computed = np.minimum(widths, np.maximum(steps, -(-counts // steps) * steps))
+        fractions = np.where(computed > np.array(self.limits) * widths, 1, computed / widths)
+        total = np.zeros(len(counts))
         for reader in self.readers:
-            part = 1.0 if reader.reads is None else fractions[reader.reads]
-            part *= 1.0 if reader.writes is None else fractions[reader.writes]
+            part = np.ones(len(counts))
+            for layer in (reader.reads, reader.writes):
+                if layer is not None:
+                    part = part * fractions[:, layer]
             total += part * reader.weights * (images * positions * reader.positions + GATHER_COST * (part < 1))
         return total
 
@@ -133,7 +144,7 @@ class Plan:
 
     Args:
         gates: for each gated layer (B, C_l), non-negative.
-        segments: all of the network; what a GPU needs to know for a single image then is sent to it at once.
+        segments: all of the network; what is kept of a single image is then worked out, and sent to a GPU, at once.
         is_ragged: see `ragged.available`.
     """
 
@@ -145,7 +156,7 @@ class Plan:
             kept = (torch.cat(list(gates), 1) > 0).cpu().numpy()
             self.kept = np.split(kept, np.cumsum([gate.shape[1] for gate in gates])[:-1], axis=1)
         self._ready: dict[int, Group] = {}
-        if gates and len(gates[0]) == 1 and gates[0].device.type != 'cpu':
+        if gates and len(gates[0]) == 1:
             gated = [segment for segment in segments if segment.widths]
             groups = _groups([self._draft(segment, [0]) for segment in gated])
             self._ready = {segment.first: group for segment, group in zip(gated, groups, strict=True)}
@@ -169,7 +180,8 @@ class Plan:
         if self.ragged is not None:
             unions = self.ragged.union[segment.layers]
         else:
-            unions = [np.logical_or.reduce(mask[images], axis=0) for mask in self.kept[segment.layers]]
+            masks = self.kept[segment.layers]
+            unions = [np.asarray(mask[images[0]] if len(images) == 1 else mask[images].any(0)) for mask in masks]
         gates = self.gates[segment.layers]
         return _Draft(images, [_choice(segment, i, union, gates[0].device) for i, union in enumerate(unions)], gates)
 
@@ -195,31 +207,40 @@ def _pays_ragged(segment: Segment, batch: RaggedBatch, positions: int) -> bool:
 
 
 def _partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[list[int]]:
-    """Put an image into the group that it shares most with, if running them together is cheaper."""
+    """Put each image into the group where it costs least, or into one of its own if that is cheaper."""
     num_images = len(kept[0])
     if num_images == 1:
         return [[0]]
+    counts = np.stack([mask.sum(1) for mask in kept], axis=1)
+    alone = segment.cost(counts, 1, positions)
+    if not _any_pair_pays(segment, kept, counts, alone, positions):
+        return [[image] for image in range(num_images)]
     ends = np.cumsum([0, *segment.widths])[:-1]
     flat = np.concatenate(kept, axis=1)
-    unions: list[np.ndarray] = []
-    costs: list[float] = []
-    partition: list[list[int]] = []
-    for image in range(num_images):
-        own = flat[image]
-        alone = segment.cost(np.add.reduceat(own, ends, dtype=np.int64), 1, positions)
-        if unions:
-            best = int(np.argmin([np.count_nonzero(union ^ own) for union in unions]))
-            union = unions[best] | own
-            counts = np.add.reduceat(union, ends, dtype=np.int64)
-            together = segment.cost(counts, len(partition[best]) + 1, positions)
-            if together <= costs[best] + alone:
-                partition[best].append(image)
-                unions[best], costs[best] = union, together
-                continue
-        partition.append([image])
-        unions.append(own)
-        costs.append(alone)
+    partition = [[0]]
+    unions, costs = flat[:1].copy(), alone[:1].copy()
+    for image in range(1, num_images):
+        joined = unions | flat[image]
+        sizes = np.array([len(images) + 1 for images in partition])
+        together = segment.cost(np.add.reduceat(joined, ends, axis=1, dtype=np.int64), sizes, positions)
+        best = int(np.argmin(together - costs))
+        if together[best] <= costs[best] + alone[image]:
+            partition[best].append(image)
+            unions[best], costs[best] = joined[best], together[best]
+        else:
+            partition.append([image])
+            unions, costs = np.append(unions, flat[image : image + 1], axis=0), np.append(costs, alone[image])
     return partition
+
+
+def _any_pair_pays(
+    segment: Segment, kept: list[np.ndarray], counts: np.ndarray, alone: np.ndarray, positions: int
+) -> bool:
+    """Whether any two images cost less together than alone."""
+    first, second = np.triu_indices(len(counts), 1)
+    shared = [(mask := kept_in_layer.astype(np.float32)) @ mask.T for kept_in_layer in kept]
+    unions = counts[first] + counts[second] - np.stack([count[first, second] for count in shared], axis=1).astype(int)
+    return bool((segment.cost(unions, 2, positions) <= alone[first] + alone[second]).any())
 
 
 def _choice(segment: Segment, layer: int, union: np.ndarray, device: torch.device) -> Kept | None:
@@ -245,11 +266,11 @@ def _groups(drafts: Sequence[_Draft]) -> list[Group]:
         experts.index = index
     groups = []
     for draft, images in zip(drafts, indices, strict=False):
-        gates = []
-        for kept, gate in zip(draft.kept, draft.gates, strict=True):
-            if len(images) < len(gate):
-                gate = gate.index_select(0, images)
-            gates.append(gate if kept is None else gate.index_select(1, kept.index))
+        first, count = draft.images[0], len(draft.images)
+        gates = [
+            gate if count == len(gate) else gate[first : first + 1] if count == 1 else gate.index_select(0, images)
+            for gate in draft.gates
+        ]
         groups.append(Group(draft.images, images, [*draft.kept], gates))
     return groups
 

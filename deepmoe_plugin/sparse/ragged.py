@@ -207,14 +207,14 @@ def convolve(
     with torch.cuda.device_of(x):
         if reads is not None and writes is not None and height * width >= PACK_POSITIONS:
             packed = True
-            weight = _packed(conv.stored, reads, writes)
+            weight = _packed(conv.by_output(), reads, writes)
             steps = (taps * in_pitch, in_pitch, 1)
         elif writes is None:
             # Whole rows of outputs, one for each input that is kept.
-            weight = conv.input_rows()
-            steps = (1, conv.out_channels, taps * conv.out_channels)
+            weight = conv.by_input()
+            steps = (1, conv.in_channels * conv.out_channels, conv.out_channels)
         else:
-            weight = conv.stored
+            weight = conv.by_output()
             steps = (taps * conv.in_channels, conv.in_channels, 1)
         slots = writes if writes is not None else reads
         assert slots is not None
