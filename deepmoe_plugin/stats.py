@@ -1,6 +1,6 @@
 """Which experts which images keep."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,18 +51,20 @@ class GateStatistics(NamedTuple):
         parts = (~self.kept.any(0)).split(self.widths)
         return {layer: int(part.sum()) for layer, part in zip(self.layers, parts, strict=True)}
 
-    def log_to(self, writer: Any, step: int) -> None:
+    def log_to(self, writer: Any, step: int, prefix: str = '') -> None:
         """Write fractions of kept experts as scalars (all, each layer) and histograms (over images, over experts).
 
         Args:
             writer: TensorBoard's `SummaryWriter`, which W&B mirrors after `wandb.init(sync_tensorboard=True)`.
             step: number of the training step or epoch.
+            prefix: of all names, as 'val/'.
         """
-        writer.add_scalar('kept_experts', self.kept_experts, step)
+        name = f'{prefix}kept_experts'
+        writer.add_scalar(name, self.kept_experts, step)
         for layer, kept in self.by_layer().items():
-            writer.add_scalar(f'kept_experts/{layer}', kept, step)
-        writer.add_histogram('kept_experts/by_image', self.by_image(), step)
-        writer.add_histogram('kept_experts/by_expert', self.kept.float().mean(0), step)
+            writer.add_scalar(f'{name}/{layer}', kept, step)
+        writer.add_histogram(f'{name}/by_image', self.by_image(), step)
+        writer.add_histogram(f'{name}/by_expert', self.kept.float().mean(0), step)
 
 
 def gate_statistics(model: nn.Module, images: Tensor | Iterable[Tensor | tuple[Tensor, ...]]) -> GateStatistics:
@@ -82,8 +84,13 @@ def gate_statistics(model: nn.Module, images: Tensor | Iterable[Tensor | tuple[T
     kept = [kept_experts(network, batch.to(device)).cpu() for batch in first_items]
     if not kept:
         raise ValueError('images is empty: there is nothing to take statistics of.')
+    return join_kept(network, kept)
+
+
+def join_kept(network: DeepMoE, kept: Sequence[Tensor]) -> GateStatistics:
+    """Statistics of the experts of one network that batches of images keep, each (B, N)."""
     layers = tuple(layer.conv for layer in network.expert_layers)
-    return GateStatistics(torch.cat(kept), layers, tuple(expert_widths(network, network.expert_layers)))
+    return GateStatistics(torch.cat(list(kept)), layers, tuple(expert_widths(network, network.expert_layers)))
 
 
 @torch.no_grad()

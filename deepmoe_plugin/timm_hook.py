@@ -6,6 +6,7 @@ task, and every other model, stays exactly as it was.
 """
 
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +20,19 @@ from .network import DeepMoE, deepmoe_networks, find_deepmoe
 
 
 class _TrainLog(logging.Filter):
-    """Appends the averages of the terms since the last line to the progress lines of timm's train.py."""
+    """Appends the averages of the terms since the last line to the progress lines of timm's train.py.
+
+    Those of the epoch so far go to W&B where train.py logs to it: uncommitted, they join the row that train.py commits
+    once an epoch, and the last of them stand.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
+        self._epoch: tuple[Any, str] = (None, '')
+        self._epoch_sums: dict[str, float] = {}
+        self._epoch_steps = 0
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -34,10 +42,22 @@ class _TrainLog(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if self._steps and isinstance(record.msg, str) and record.msg.startswith('Train: '):
-            means = {name: (total / self._steps).item() for name, total in self._sums.items()}
-            record.msg += '  ' + '  '.join(f'{name}: {mean:#.3g}' for name, mean in means.items())
+            sums = {name: total.item() for name, total in self._sums.items()}
+            self._log_to_wandb(record.msg.partition('[')[0], sums)
+            record.msg += '  ' + '  '.join(f'{name}: {total / self._steps:#.3g}' for name, total in sums.items())
             self._sums, self._steps = {}, 0
         return True
+
+    def _log_to_wandb(self, epoch: str, sums: Mapping[str, float]) -> None:
+        wandb: Any = sys.modules.get('wandb')
+        if getattr(wandb, 'run', None) is None:
+            return
+        if self._epoch != (wandb.run, epoch):
+            self._epoch, self._epoch_sums, self._epoch_steps = (wandb.run, epoch), {}, 0
+        self._epoch_sums = {name: total + self._epoch_sums.get(name, 0) for name, total in sums.items()}
+        self._epoch_steps += self._steps
+        means = {f'train_{name}': total / self._epoch_steps for name, total in self._epoch_sums.items()}
+        wandb.log(means, commit=False)
 
 
 _train_log = _TrainLog()

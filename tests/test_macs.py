@@ -1,6 +1,7 @@
 """MACs of every image, against sums done by hand."""
 
 import copy
+import time
 
 import pytest
 import timm
@@ -326,6 +327,20 @@ def test_counting_runs_no_layer_of_the_base_network_again(structure, monkeypatch
     assert calls
     assert all(name.startswith('gating.') for name in calls)
     assert second.total.tolist() == first.total.tolist()
+
+
+def test_counting_a_large_network_takes_less_time_than_a_forward_pass():
+    model = timm.create_model('wide_deepmoe_resnet50').eval()
+    x = images(1, 224)
+    counts, passes = [], []
+    with torch.no_grad():
+        for _ in range(3):
+            for run, seconds in ((lambda: count_macs(model, x), counts), (lambda: model(x), passes)):
+                start = time.process_time()
+                run()
+                seconds.append(time.process_time() - start)
+    assert counts[0] < min(passes)  # the first one runs the network on the meta device as well
+    assert min(counts) < 0.2 * min(passes)
 
 
 def test_table_follows_changes_of_the_model_and_of_the_image_size():

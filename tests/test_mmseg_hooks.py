@@ -5,6 +5,8 @@ import copy
 import itertools
 import json
 import os
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -459,6 +461,48 @@ def test_statistics_in_the_log_and_every_visualizer(tmp_path: Path) -> None:
             assert 'gmacs' in line, line
             assert 'kept_experts' in line, line
     assert text.count('gmacs: ') >= 4
+
+
+def test_writers_get_layers_and_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows: list[dict[str, Any]] = []
+    wandb = types.SimpleNamespace(
+        init=lambda **_: None, log=lambda row, commit: rows.append(row), Histogram=list, join=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    backends = [dict(type='TensorboardVisBackend', name='board'), dict(type='WandbVisBackend')]
+    visualizer = dict(type='SegLocalVisualizer', vis_backends=backends, name=tmp_path.name)
+    val = loader(3, 2)
+    model = segmentor()
+    runner = make_runner(model, tmp_path, STATISTICS, epochs=2, val=val, visualizer=visualizer)
+    runner.train()
+    runner.test()
+    events = EventAccumulator(str(Path(runner.log_dir) / 'vis_data'))
+    events.Reload()
+    stats = gate_statistics(model.backbone, [normalised(model, val['dataset'][i]) for i in range(3)])
+    by_image = sorted(stats.by_image().tolist())
+    assert len(set(by_image)) > 1
+    for mode, steps in (('val', [2, 4]), ('test', [4])):
+        name = f'{mode}_gates/kept_experts'
+        for layer, kept in stats.by_layer().items():
+            scalars = events.Scalars(f'{name}/{layer}')
+            assert [event.step for event in scalars] == steps
+            assert scalars[-1].value == pytest.approx(kept, rel=1e-5)
+        histogram = events.Histograms(f'{name}/by_image')[-1].histogram_value
+        assert (histogram.num, histogram.min, histogram.max) == pytest.approx((3, by_image[0], by_image[-1]), rel=1e-5)
+        assert events.Histograms(f'{name}/by_expert')[-1].histogram_value.num == sum(stats.widths)
+        shown = [row for row in rows if name in row]
+        assert len(shown) == len(steps)
+        assert shown[-1][name] == pytest.approx(stats.kept_experts, rel=1e-5)
+        assert sorted(shown[-1][f'{name}/by_image']) == pytest.approx(by_image, rel=1e-5)
+
+
+def test_a_test_with_a_writer_builds_no_training(tmp_path: Path) -> None:
+    visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='TensorboardVisBackend')], name=tmp_path.name)
+    runner = make_runner(segmentor(), tmp_path, STATISTICS, epochs=1, val=loader(1, 1), visualizer=visualizer)
+    runner.test()
+    assert isinstance(runner._train_loop, dict)
 
 
 def test_train_statistics_are_those_of_the_pass(tmp_path: Path) -> None:

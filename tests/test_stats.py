@@ -52,14 +52,14 @@ def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tensorboard.SummaryWriter(str(tmp_path)) as writer:
-        STATS.log_to(writer, 7)
+        STATS.log_to(writer, 7, 'val/')
     written = EventAccumulator(str(tmp_path))
     written.Reload()
     values = {tag: written.Scalars(tag) for tag in written.Tags()['scalars']}
     assert {tag: (events[0].step, events[0].value) for tag, events in values.items()} == {
-        'kept_experts': (7, pytest.approx(0.4)),
-        'kept_experts/first': (7, pytest.approx(3 / 8)),
-        'kept_experts/second': (7, pytest.approx(5 / 12)),
+        'val/kept_experts': (7, pytest.approx(0.4)),
+        'val/kept_experts/first': (7, pytest.approx(3 / 8)),
+        'val/kept_experts/second': (7, pytest.approx(5 / 12)),
     }
     sizes = {tag: written.Histograms(tag)[0].histogram_value.num for tag in written.Tags()['histograms']}
-    assert sizes == {'kept_experts/by_image': 4, 'kept_experts/by_expert': 5}
+    assert sizes == {'val/kept_experts/by_image': 4, 'val/kept_experts/by_expert': 5}

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ import deepmoe_plugin
 from deepmoe_plugin import timm_hook
 
 LAMBDA, MU = 0.7, 0.3
+NAMES = ('loss_gate', 'loss_embed', 'kept_experts')
 Grads = dict[str, Tensor]
 
 
@@ -357,6 +360,36 @@ def test_terms_are_appended_to_the_progress_lines(caplog: pytest.LogCaptureFixtu
         'Train: 0 [   2/10]  Loss: 2.3',
         'Train: 0 [   3/10]  Loss: 2.3',
     ]
+
+
+def test_terms_join_the_row_of_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm commits a row for each epoch: until then, later values of a name replace earlier ones."""
+    rows: list[dict[str, float]] = [{}]
+
+    def log(row: dict[str, float], commit: bool = True) -> None:
+        rows[-1].update(row)
+        if commit:
+            rows.append({})
+
+    task = ClassificationTask(network(), nn.CrossEntropyLoss())
+    logger = logging.getLogger('train')
+    monkeypatch.setattr(logger, 'level', logging.INFO)
+    timm_hook._train_log.filter(logging.makeLogRecord({'msg': 'Train: what earlier tests have left'}))
+    wandb = types.SimpleNamespace(run=None, log=log)
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    task(images(4), labels())
+    logger.info('Train: 0 [   0/10]  Loss: 2.3')
+    assert rows == [{}]
+    wandb.run = 'a run'
+    for epoch in range(2):
+        results = []
+        for step in range(3):
+            results.append(task(images(4, seed=3 * epoch + step), labels()))
+            if step != 1:
+                logger.info(f'Train: {epoch} [   {step}/10]  Loss: 2.3')
+        wandb.log({'epoch': epoch})
+        means = {f'train_{name}': sum(result[name].item() for result in results) / 3 for name in NAMES}
+        assert rows[epoch] == pytest.approx({'epoch': epoch, **means})
 
 
 @pytest.mark.parametrize('wrapped', [False, True], ids=['plain', 'compiled'])

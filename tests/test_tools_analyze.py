@@ -314,6 +314,13 @@ def test_mistakes_are_named(figure, tmp_path, command, options, message, capsys)
     assert not (tmp_path / 'new').exists()
 
 
+def test_a_long_legend_leaves_room_for_the_map():
+    kinds = [f'a long name of a class {i}' for i in range(analyze.figures.MAX_KINDS)]
+    figure = analyze.figures.draw_embedding(np.random.default_rng(0).normal(size=(len(kinds), 2)), kinds, ('x', 'y'))
+    figure.canvas.draw()
+    assert figure.axes[0].get_window_extent().height > 0.7 * figure.bbox.height
+
+
 def test_more_kinds_than_can_be_told_apart(figure, monkeypatch, capsys):
     monkeypatch.setattr(analyze.figures, 'MAX_KINDS', 3)
     with pytest.raises(SystemExit):

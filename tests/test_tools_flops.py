@@ -185,6 +185,92 @@ def test_measured_on_images(folder, tmp_path, capsys):
     assert re.search(r'10 images .*\n +GMACs per image.*± ', capsys.readouterr().out)
 
 
+SIZES = ((64, 64), (65, 97), (64, 64), (33, 64))
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Writes a config, images as it finds them and a checkpoint as of mmengine; returns what the hook logs of them."""
+    pytest.importorskip('mmseg')
+    from mmengine.registry import init_default_scope
+    from mmengine.runner import Runner
+    from small_segmentors import make_runner, segmentor, segmentor_config
+
+    rng = np.random.default_rng(0)
+    (tmp_path / 'data/img/test').mkdir(parents=True)
+    for i, size in enumerate(SIZES):
+        pixels = rng.integers(0, 60 + 60 * i, (*size, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f'data/img/test/{i}.png')
+    pipeline = [dict(type=name) for name in ('LoadImageFromFile', 'LoadAnnotations', 'PackSegInputs')]
+    data = dict(type='BaseSegDataset', data_root=str(tmp_path / 'data'), img_suffix='.png', pipeline=pipeline)
+    data['data_prefix'] = dict(img_path='img/test', seg_map_path='nowhere')
+    loader = dict(num_workers=1, persistent_workers=True, sampler=dict(type='DefaultSampler', shuffle=False))
+
+    def write(**model):
+        config = tmp_path / 'tiny.py'
+        config.write_text(
+            "custom_imports = dict(imports=['deepmoe_plugin.mmseg'])\n"
+            f'model = {segmentor_config(**model).to_dict()}\n'
+            f'test_dataloader = {dict(loader, dataset=data)}\n'
+        )
+        init_default_scope('mmseg')
+        plain = dict(data, pipeline=[pipeline[0], pipeline[2]])
+        val = Runner.build_dataloader(dict(dataset=plain, num_workers=0, sampler=loader['sampler']))
+        runner = make_runner(segmentor(**model), tmp_path, dict(type='GateStatisticsHook'), val=val)
+        logged = runner.val()
+        histories = runner.message_hub.state_dict()
+        torch.save(dict(state_dict=runner.model.state_dict(), message_hub=histories), tmp_path / 'tiny.pth')
+        return str(config), str(tmp_path / 'tiny.pth'), logged
+
+    return write
+
+
+SLIDE = dict(mode='slide', crop_size=(48, 48), stride=(32, 32))
+
+
+@pytest.mark.parametrize('test_cfg', [dict(mode='whole'), SLIDE], ids=['whole', 'slide'])
+def test_segmentor_measured_on_images(scenes, test_cfg, tmp_path, capsys):
+    config, checkpoint, logged = scenes(test_cfg=test_cfg)
+    runs = [flops.main([config, '--checkpoint', checkpoint, '--workers', '0', *options])[0] for options in (
+        [], ['--images', str(tmp_path / 'data')], ['--images', str(tmp_path / 'data/img')],
+    )]  # fmt: skip
+    measured = runs[0]['measured']
+    assert all(row['measured'] == measured for row in runs)
+    assert measured['images'] == len(SIZES)
+    assert measured['gmacs']['min'] < measured['gmacs']['max']
+    assert measured['backbone_gmacs']['mean'] == pytest.approx(logged['gmacs'], rel=1e-5)
+    head = measured['gmacs']['mean'] - measured['backbone_gmacs']['mean']
+    if test_cfg['mode'] == 'whole':
+        assert runs[0]['shape'] == SIZES[0]
+        sizes = [[-(-side // 32) for side in size] for size in SIZES]
+        assert head * 1e9 == pytest.approx((9 * 512 * 8 + 8 * 5) * np.mean([h * w for h, w in sizes]), rel=1e-3)
+        assert measured['kept_experts']['mean'] == pytest.approx(logged['kept_experts'], rel=1e-5)
+        assert measured['kept_experts']['std'] > 0
+    assert re.search(r'4 images .*\n +GMACs per image.*\n.*GateStatisticsHook.*\n +kept', capsys.readouterr().out)
+
+
+def test_mistakes_with_images_of_a_segmentor_are_named(scenes, tmp_path, capsys):
+    def refused(*arguments):
+        with pytest.raises(SystemExit):
+            flops.main([config, *map(str, arguments), '--workers', '0'])
+        return capsys.readouterr().err
+
+    config, checkpoint, _ = scenes()
+    (tmp_path / 'empty').mkdir()
+    for name in ('nowhere', 'empty'):
+        assert f'no images in {tmp_path / name}' in refused('--images', tmp_path / name)
+    assert 'no checkpoint nowhere.pth: correct --checkpoint' in refused('--checkpoint', 'nowhere.pth')
+    other = torch.load(checkpoint, weights_only=False)
+    del other['state_dict']['decode_head.conv_seg.weight']
+    torch.save(other, tmp_path / 'other.pth')
+    assert 'other.pth does not fit' in refused('--checkpoint', tmp_path / 'other.pth')
+    torch.save({'state_dict': {}, 'code': np.random.default_rng()}, tmp_path / 'code.pth')
+    assert 'it is refused' in refused('--checkpoint', tmp_path / 'code.pth')
+    assert '--split is for timm networks' in refused('--checkpoint', checkpoint, '--split', 'train')
+    (tmp_path / 'tiny.py').write_text('model = dict()')
+    assert 'has no `test_dataloader.dataset.pipeline`' in refused('--images', tmp_path)
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -192,9 +278,9 @@ def test_measured_on_images(folder, tmp_path, capsys):
         (['resnet18', '--paper'], 'name networks'),
         (['wide_deepmoe_resnet2'], "no model 'wide_deepmoe_resnet2'. Similar: wide_deepmoe_resnet"),
         (['resnet18', '--kept', '1.5'], 'between 0 and 1'),
-        (['resnet18', 'resnet34', '--checkpoint', 'x'], 'a single timm network'),
+        (['resnet18', 'resnet34', '--checkpoint', 'x'], 'a single network'),
         (['resnet18', '--checkpoint', 'x'], '--checkpoint needs --images'),
-        (['x.py', '--images', 'x'], 'GateStatisticsHook'),
+        (['x.py', '--images', 'x'], 'no file x.py'),
         (['x.yaml'], 'no file x.yaml'),
         (['x.py'], '--shape HEIGHT WIDTH is needed'),
         (['x.py', '--shape', '32', '32'], 'no file x.py'),

@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=150)
+    figure.savefig(args.out, dpi=150, bbox_inches='tight')
     figures.plt.close(figure)
     table = args.out.with_suffix('.csv')
     with table.open('w', newline='') as file:

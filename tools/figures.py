@@ -15,6 +15,7 @@ from torch import Tensor
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = [entry['color'] for entry in matplotlib.style.library['petroff10']['axes.prop_cycle']]
 MARKERS = 'os^Dv'
@@ -36,6 +37,7 @@ def draw_accuracy(points: Sequence[dict[str, Any]]) -> Figure:
     factor, unit = unit_of([point['gmacs'] for point in points])
     figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
     _draw_series(axes, [{**point, 'macs': factor * point['gmacs']} for point in points], 'macs', 'top1')
+    _name_series(figure, axes)
     axes.set(xlabel=f'{unit} per image, gating network included', ylabel='top-1 accuracy (%)')
     return figure
 
@@ -47,6 +49,7 @@ def draw_width(points: Sequence[dict[str, Any]]) -> Figure:
     figure, (accuracy, macs) = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
     _draw_series(accuracy, points, 'width', 'top1')
     _draw_series(macs, points, 'width', 'macs')
+    _name_series(figure, accuracy)
     accuracy.set(xlabel='width of the gated layers (times the base)', ylabel='top-1 accuracy (%)')
     macs.set(xlabel='width of the gated layers (times the base)', ylabel=f'{unit} per image', ylim=(0, None))
     return figure
@@ -63,7 +66,11 @@ def _draw_series(axes: Any, points: Sequence[dict[str, Any]], x: str, y: str) ->
         if any(len(run) > 1 for run in runs):
             axes.scatter(*np.concatenate(runs).T, **style, s=14, alpha=0.5)
     axes.grid(alpha=0.3)
-    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+
+
+def _name_series(figure: Figure, axes: Any) -> None:
+    """One legend for all panels, above them."""
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False)
 
 
 def draw_shuffle(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -73,7 +80,7 @@ def draw_shuffle(rows: Sequence[dict[str, Any]]) -> Figure:
         rows: one for each class that gives its mixtures, with `donor`, `group`, `accuracy` and `std`.
     """
     kinds = list(dict.fromkeys(row['group'] for row in rows))
-    figure, axes = plt.subplots(figsize=(1.5 + 0.5 * len(rows), 4), layout='constrained')
+    figure, axes = plt.subplots(figsize=(max(5.5, 1.5 + 0.5 * len(rows)), 4), layout='constrained')
     for kind, colour in zip(kinds, COLOURS, strict=False):
         own = [(i, row) for i, row in enumerate(rows) if row['group'] == kind]
         heights = [row['accuracy'] for _, row in own]
@@ -100,7 +107,9 @@ def draw_shuffles(points: Sequence[tuple[str, float, float]]) -> Figure:
     limit = min(100, 1.1 * max(inside.max(), outside.max(), 1))
     axes.plot([0, limit], [0, limit], color='grey', linewidth=1, label='no difference')
     axes.scatter(outside, inside, s=16, color=COLOURS[0], alpha=0.7, clip_on=False, label=f'{len(points)} classes')
-    axes.scatter(outside.mean(), inside.mean(), s=160, color=COLOURS[1], marker='*', label='mean')
+    axes.scatter(
+        outside.mean(), inside.mean(), s=160, color=COLOURS[1], marker='*', clip_on=False, zorder=3, label='mean'
+    )
     axes.set(
         xlabel='accuracy with mixtures from other groups (%)',
         ylabel='accuracy with mixtures from the own group (%)',
@@ -181,7 +190,8 @@ def draw_histogram(kept: Tensor, gmacs: Tensor, num_experts: int) -> Figure:
     panels[1].hist(factor * gmacs.numpy(), bins=30, color=COLOURS[0])
     for axes, values, label in zip(panels, (100 * kept, factor * gmacs), ('%', unit), strict=True):
         axes.axvline(values.mean().item(), color=COLOURS[1], label=f'mean {values.mean():.4g} {label}')
-        axes.legend()
+        axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), frameon=False)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set(xlabel='experts kept (%)', ylabel='images')
     panels[1].set_xlabel(f'{unit} per image')
     return figure
@@ -210,13 +220,16 @@ def draw_embedding(points: np.ndarray, kinds: Sequence[str], axis_labels: tuple[
         kinds: class or group of each image, at most `MAX_KINDS` different ones.
         axis_labels: what the axes are.
     """
-    figure, axes = plt.subplots(figsize=(7.5, 5.5), layout='constrained')
-    for i, kind in enumerate(sorted(set(kinds))):
+    names = sorted(set(kinds))
+    columns = -(-len(names) // 22)
+    figure, axes = plt.subplots(figsize=(6 + 1.5 * columns, 5.5), layout='constrained')
+    size = np.clip(12000 / len(points), 5, 30)
+    for i, kind in enumerate(names):
         chosen = points[[name == kind for name in kinds]]
         style = {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
-        axes.scatter(*chosen.T, s=12 if len(points) < 2000 else 5, alpha=0.7, linewidths=0, label=kind, **style)
+        axes.scatter(*chosen.T, s=size, alpha=0.7, linewidths=0, label=kind, **style)
     axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
-    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=2)
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=(40 / size) ** 0.5, ncols=columns)
     return figure
 
 
@@ -231,7 +244,7 @@ def draw_dead(layers: Sequence[str], dead: Sequence[float], always: Sequence[flo
         bars = axes.bar(places + shift, values, width=0.4, color=colour, label=label)
         axes.bar_label(bars, fmt='%.0f', fontsize=7)
     axes.set_xticks(places, layers, rotation=90, fontsize=8)
-    axes.set(xlabel='gated layer', ylabel='experts of the layer (%)', ylim=(0, 105))
+    axes.set(xlabel='gated layer', ylabel='experts of the layer (%)', ylim=(0, 105), xlim=(-0.6, len(layers) - 0.4))
     axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     return figure
 

@@ -3,16 +3,19 @@
     python tools/flops.py wide_deepmoe_resnet50 resnet50 --kept 0.25 0.5
     python tools/flops.py configs/mmseg/deepmoe_drn50_cityscapes.py --shape 1024 2048
     python tools/flops.py output/train/RUN/args.yaml --checkpoint output/train/RUN/last.pth.tar --images FOLDER
+    python tools/flops.py configs/mmseg/deepmoe_drn50_cityscapes.py --checkpoint work_dirs/RUN/iter_N.pth
     python tools/flops.py --paper
 
 Prints a Markdown table. One multiply-accumulate counts 1; counted are convolutions and linear layers, without biases.
 GMACs are those of the base network with its classifier or decode head; the gating network has its own column, and the
-paper leaves the shortcut convolutions out. No weights are needed, unless images are counted.
+paper leaves the shortcut convolutions out. No weights are needed, unless images are counted. A segmentor is counted on
+the images of its config's `test_dataloader`, or on those of --images: as they are tested, windows of an image added up.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +29,7 @@ from sources import (
     add_network_arguments,
     create_images,
     create_network,
+    create_scenes,
     create_segmentor,
     data_config,
     read_settings,
@@ -40,6 +44,7 @@ from deepmoe_plugin.stats import gate_statistics
 BASE_GROUPS = tuple(group for group in GROUPS if group not in GATING_GROUPS)
 CITYSCAPES = (1024, 2048)
 CONFIGS = Path(__file__).parents[1] / 'configs/timm'
+TIMM_ONLY = ('model_kwargs', 'num_classes', 'use_ema', 'dataset', 'split', 'img_size', 'crop_pct', 'batch_size')
 
 
 class PaperNetwork(NamedTuple):
@@ -151,23 +156,56 @@ def giga(macs: float) -> str:
     return f'{value:.1f}' if value >= 1000 else f'{value:#.5g}' if value >= 100 else f'{value:#.4g}'
 
 
-def measure(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: str) -> dict[str, Any]:
-    """Mean, spread and range of the GMACs of images, gating included, and of the fraction of experts they keep."""
-    macs: list[Tensor] = []
-    kept: list[Tensor] = []
+def measure(model: nn.Module, loader: Iterable[Any], passes: Callable[[Any], Sequence[Tensor]]) -> dict[str, Any]:
+    """Mean, spread and range of the GMACs of images, gating included, and of the fraction of experts they keep.
+
+    Args:
+        loader: batches of images.
+        passes: what the network runs on for a batch: the images, or one window of each after the other.
+    """
+    columns: dict[str, list[Tensor]] = {'gmacs': []}
     gated = any(True for _ in deepmoe_networks(model))
-    for images, _ in tqdm(loader, desc='images', unit='batch', ncols=100):
-        macs.append(count_macs(model, images.to(device)).total.cpu() / 1e9)
+    for batch in tqdm(loader, desc='images', unit='batch', ncols=100):
+        parts = passes(batch)
+        reports = [count_macs(model, part) for part in parts]
+        row = {'gmacs': torch.stack([report.total for report in reports]).sum(0) / 1e9}
+        if hasattr(model, 'decode_head'):
+            heads = torch.stack([report.by_group['head'] for report in reports]).sum(0) / 1e9
+            row['backbone_gmacs'] = row['gmacs'] - heads
         if gated:
-            kept.append(gate_statistics(model, images).by_image())
-    measured: dict[str, Any] = {'images': sum(len(part) for part in macs), 'gmacs': spread(torch.cat(macs))}
-    return measured | ({'kept_experts': spread(torch.cat(kept))} if gated else {})
+            row['kept_experts'] = torch.stack([gate_statistics(model, part).by_image() for part in parts]).mean(0)
+        for name, values in row.items():
+            columns.setdefault(name, []).append(values.cpu())
+    measured: dict[str, Any] = {name: spread(torch.cat(parts)) for name, parts in columns.items()}
+    return {'images': sum(len(part) for part in columns['gmacs']), **measured}
+
+
+def windows(segmentor: Any, batch: Any) -> list[Tensor]:
+    """What a segmentor runs on when it tests a batch: the images, or one window of each after the other."""
+    data = segmentor.data_preprocessor(batch, False)
+    seen: list[Tensor] = []
+
+    def look(window: Tensor, _: Any) -> Tensor:
+        seen.append(window)
+        return window.new_zeros(len(window), segmentor.out_channels, *window.shape[2:])
+
+    segmentor.encode_decode = look
+    try:
+        segmentor.inference(data['inputs'], [sample.metainfo for sample in data['data_samples']])
+    finally:
+        del segmentor.encode_decode
+    return seen
 
 
 def format_measured(name: str, measured: dict[str, Any]) -> str:
     """One line for each quantity."""
     lines = [f'{name}, {measured["images"]} images (mean ± standard deviation, range):']
-    for key, title in (('gmacs', 'GMACs per image, gating included'), ('kept_experts', 'kept experts (0..1)')):
+    titles = {
+        'gmacs': 'GMACs per image, gating included',
+        'backbone_gmacs': 'without decode heads, as GateStatisticsHook logs',
+        'kept_experts': 'kept experts (0..1)',
+    }
+    for key, title in titles.items():
         if key in measured:
             values = measured[key]
             lines.append(f'  {title}: {plus_minus(values)}, {values["min"]:.4g} to {values["max"]:.4g}')
@@ -190,20 +228,23 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument('--shape', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='(default: of the model)')
     parser.add_argument('--kept', type=float, nargs='+', default=[0.25, 0.5], help='fractions (%(default)s)')
     add_network_arguments(parser)
-    add_image_arguments(parser, '--images', required=False)
+    add_image_arguments(
+        parser, '--images', required=False, help='folder of images; for mmseg also a data root (default: of the config)'
+    )
     parser.add_argument('--json', type=Path, help='writes all numbers to this file')
     args = parser.parse_args(argv)
     if bool(args.networks) == args.paper:
         parser.error('name networks, or give --paper')
     if any(not 0 <= fraction <= 1 for fraction in args.kept):
         parser.error(f'--kept takes fractions between 0 and 1, got {args.kept}')
-    if (args.data_dir or args.checkpoint) and (len(args.networks) != 1 or args.networks[0].endswith('.py')):
-        parser.error(
-            '--images and --checkpoint need a single timm network; for mmseg, GateStatisticsHook measures the images '
-            'of a test run'
-        )
-    if args.checkpoint and not args.data_dir:
+    segmentors = [name for name in args.networks if name.endswith('.py')]
+    if (args.data_dir or args.checkpoint) and len(args.networks) != 1:
+        parser.error('--images and --checkpoint need a single network')
+    if args.checkpoint and not args.data_dir and not segmentors:
         parser.error('--checkpoint needs --images: apart from images, costs do not depend on the weights')
+    given = [name for name in TIMM_ONLY if getattr(args, name) != parser.get_default(name)]
+    if given and segmentors and segmentors == args.networks:
+        parser.error(f'--{given[0].replace("_", "-")} is for timm networks: change the config of mmseg instead')
     return parser, args
 
 
@@ -214,15 +255,20 @@ def count(network: str, args: argparse.Namespace) -> tuple[Cost, dict[str, Any] 
         FileNotFoundError, ValueError: an argument names something that is not there or does not fit.
     """
     if network.endswith('.py'):
-        if args.shape is None:
+        measured = args.data_dir or args.checkpoint
+        if args.shape is None and not measured:
             raise ValueError(f'--shape HEIGHT WIDTH is needed: {network} does not tell how large its images are.')
-        return cost_of(create_segmentor(network), Path(network).stem, tuple(args.shape), args.kept), None
+        scenes = create_scenes(network, args.data_dir, args.workers) if measured else None
+        model = create_segmentor(network, args.checkpoint, args.device if scenes else 'cpu')
+        shape = tuple(args.shape or scenes.dataset[0]['inputs'].shape[1:])
+        cost = cost_of(model, Path(network).stem, shape, args.kept)
+        return cost, measure(model, scenes, partial(windows, model)) if scenes else None
     settings = read_settings(network, args)
     images = create_images(args, settings) if args.data_dir else None
     model = create_network(settings, args.checkpoint, args.use_ema, args.device if images else 'meta')
     shape = tuple(args.shape or data_config(settings)['input_size'][1:])
     cost = cost_of(model, settings['model'], shape, args.kept)
-    return cost, measure(model, images.loader, args.device) if images else None
+    return cost, measure(model, images.loader, lambda batch: [batch[0].to(args.device)]) if images else None
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import yaml
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import create_dataset, create_loader, get_img_extensions, resolve_data_config
 from timm.models import get_pretrained_cfg, is_model, load_checkpoint, load_state_dict
 from timm.utils import ParseKwargs
 from torch import nn
@@ -51,9 +51,14 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--use-ema', action='store_true', help='the moving average of the weights in the checkpoint')
 
 
-def add_image_arguments(parser: argparse.ArgumentParser, flag: str = '--data-dir', required: bool = True) -> None:
+def add_image_arguments(
+    parser: argparse.ArgumentParser,
+    flag: str = '--data-dir',
+    required: bool = True,
+    help: str = 'folder with SPLIT/CLASS/* or CLASS/*',
+) -> None:
     """Add the arguments that `create_images` reads."""
-    parser.add_argument(flag, dest='data_dir', required=required, help='folder with SPLIT/CLASS/* or CLASS/*')
+    parser.add_argument(flag, dest='data_dir', required=required, help=help)
     parser.add_argument('--dataset', help="data set in timm's spelling, as torch/cifar100 (default: image folder)")
     parser.add_argument('--split', default='validation', help='default: %(default)s, in any spelling')
     parser.add_argument('--img-size', type=int, help='side in pixels (default: of the model)')
@@ -108,15 +113,14 @@ def create_network(
     return model.eval()
 
 
-def create_segmentor(config: str) -> nn.Module:
-    """The segmentor of an mmseg config, in evaluation mode, without weights of its own.
+def read_segmentor(config: str) -> Any:
+    """A config of mmseg, ready to build what it names.
 
     Raises:
         ValueError: there is no such file, or it has no model.
     """
     from mmengine.config import Config
     from mmengine.registry import init_default_scope
-    from mmseg.registry import MODELS
     from mmseg.utils import register_all_modules
 
     if not Path(config).is_file():
@@ -126,8 +130,61 @@ def create_segmentor(config: str) -> nn.Module:
     if 'model' not in settings:
         raise ValueError(f'{config} is no mmseg config of a network: it has no `model`.')
     init_default_scope(settings.get('default_scope', 'mmseg'))
+    return settings
+
+
+def create_segmentor(config: str, checkpoint: str | None = None, device: str = 'cpu') -> nn.Module:
+    """The segmentor of an mmseg config, in evaluation mode, with the weights of the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: the config has no model, or the checkpoint is unsafe to read or belongs to another network.
+    """
+    from mmseg.registry import MODELS
+
+    settings = read_segmentor(config)
     settings.model.pretrained = None
-    return MODELS.build(settings.model).eval()
+    model = MODELS.build(settings.model)
+    if checkpoint is not None:
+        from deepmoe_plugin.mmseg import allow_histories
+
+        allow_histories()
+        check_readable(checkpoint, '--checkpoint')
+        try:
+            model.load_state_dict(load_state_dict(checkpoint))
+        except RuntimeError as error:
+            raise ValueError(f'{checkpoint} does not fit {config}: {error}') from error
+    return model.eval().to(device)
+
+
+def create_scenes(config: str, folder: str | None = None, workers: int = 0) -> DataLoader:
+    """The images that an mmseg config tests on, read as it reads them, without label maps.
+
+    Args:
+        folder: others in their place: a data root in the layout of the config, or any folder of images.
+
+    Raises:
+        ValueError: the config does not say how test images are read, or there are none.
+    """
+    from mmengine.runner import Runner
+
+    loader = read_segmentor(config).get('test_dataloader', {})
+    dataset = loader.get('dataset', {})
+    if 'pipeline' not in dataset:
+        raise ValueError(f'{config} has no `test_dataloader.dataset.pipeline`, which says how images are read: add it.')
+    dataset.pipeline = [step for step in dataset.pipeline if 'LoadAnnotations' not in str(step['type'])]
+    inside = dataset.get('data_prefix', {}).get('img_path')
+    if folder is not None and inside and Path(folder, inside).is_dir():
+        dataset.data_root = folder
+    elif folder is not None:
+        images = dict(data_prefix=dict(img_path=folder), img_suffix=tuple(get_img_extensions()))
+        loader.dataset = dict(type='mmseg.BaseSegDataset', pipeline=dataset.pipeline, **images)
+    loader.update(num_workers=workers, persistent_workers=False)
+    try:
+        return Runner.build_dataloader(loader)
+    except (FileNotFoundError, AssertionError, ValueError) as error:
+        source = folder or f'test_dataloader of {config}'
+        raise ValueError(f'There are no images in {source} ({error}): give their folder as --images.') from error
 
 
 def data_config(settings: dict[str, Any]) -> dict[str, Any]:

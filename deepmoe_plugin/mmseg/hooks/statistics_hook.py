@@ -3,13 +3,16 @@
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce
+from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop
+from mmengine.visualization import TensorboardVisBackend, WandbVisBackend
 from torch import Tensor, nn
 
 from ...macs import MacsTable
 from ...network import DeepMoE, deepmoe_networks
+from ...stats import join_kept
 from ..backbones import Backbone
 from .lookup import model_of, network_of
 
@@ -28,6 +31,20 @@ class _Tally:
         self.passes.append(((images.shape[2], images.shape[3]), gates.detach() > 0))
 
 
+class _WandbRow(dict[str, Any]):
+    """Takes what `GateStatistics.log_to` writes as one row of W&B's log."""
+
+    def __init__(self, wandb: Any) -> None:
+        super().__init__()
+        self._histogram = wandb.Histogram
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self[tag] = value
+
+    def add_histogram(self, tag: str, values: Tensor, step: int) -> None:
+        self[tag] = self._histogram(values.numpy())
+
+
 @HOOKS.register_module()
 class GateStatisticsHook(Hook):
     """Logs `kept_experts` (fraction of experts kept, 0..1) and `gmacs` (10^9 multiply-accumulates of an image).
@@ -35,6 +52,10 @@ class GateStatisticsHook(Hook):
     Both are averages over the images of a training batch, or of all images validated or tested, processes together.
     `gmacs` is what the backbone costs, gating network included and decode heads not, as `count_macs` counts, at the
     size that the backbone sees; all windows or augmentations of an image add up. A dense backbone has `gmacs` only.
+
+    TensorBoard and W&B, if they are among the `vis_backends`, also get `kept_experts` of each layer and its histograms
+    over images and over experts, in the sections `val_gates` and `test_gates`. These are of the images of the main
+    process, and count each window or augmentation as an image.
     """
 
     def __init__(self) -> None:
@@ -43,6 +64,8 @@ class GateStatisticsHook(Hook):
         self._handle: Any = None
         self._tables: dict[tuple[int, int], MacsTable] = {}
         self._sums = torch.zeros(4, dtype=torch.float64)
+        self._backends: list[Any] = []
+        self._kept: list[Tensor] = []
 
     def before_train(self, runner: Any) -> None:
         """Watch the gates of the model.
@@ -69,19 +92,19 @@ class GateStatisticsHook(Hook):
 
     def before_val_epoch(self, runner: Any) -> None:
         """Start anew."""
-        self._start()
+        self._start(runner)
 
     def before_test_epoch(self, runner: Any) -> None:
         """Start anew."""
-        self._start()
+        self._start(runner)
 
     def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Add the batch."""
-        self._sums += self._take(len(outputs))
+        self._add(len(outputs))
 
     def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Add the batch."""
-        self._sums += self._take(len(outputs))
+        self._add(len(outputs))
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Log the epoch; mmengine's logger shows it to the visualizer."""
@@ -106,9 +129,17 @@ class GateStatisticsHook(Hook):
         self._network = network
         self._tables = {}
 
-    def _start(self) -> None:
+    def _start(self, runner: Any) -> None:
         self._tally.passes.clear()
         self._sums.zero_()
+        self._kept.clear()
+        backends = runner.visualizer._vis_backends.values() if is_main_process() else ()
+        self._backends = [b for b in backends if isinstance(b, TensorboardVisBackend | WandbVisBackend)]
+
+    def _add(self, num_images: int) -> None:
+        if self._backends and isinstance(self._network, DeepMoE):
+            self._kept += [kept.cpu() for _, kept in self._tally.passes]
+        self._sums += self._take(num_images)
 
     def _take(self, num_images: int | None) -> Tensor:
         """Experts kept, experts there, MACs and images of the passes since the last call, shape (4,)."""
@@ -135,6 +166,23 @@ class GateStatisticsHook(Hook):
         averages = self._averages(self._sums)
         for name, value in averages.items():
             runner.message_hub.update_scalar(f'{mode}/{name}', value)
+        self._show(runner, f'{mode}_gates/')
         if metrics is not None:
             metrics.update(averages)
         return averages
+
+    def _show(self, runner: Any, prefix: str) -> None:
+        if not self._kept:
+            return
+        assert isinstance(self._network, DeepMoE)
+        stats = join_kept(self._network, self._kept)
+        self._kept.clear()
+        loop = runner._train_loop  # `runner.iter` would build it, with the data of training, for a mere test
+        step = loop.iter if isinstance(loop, BaseLoop) else 0
+        for backend in self._backends:
+            if isinstance(backend, TensorboardVisBackend):
+                stats.log_to(backend.experiment, step, prefix)
+            else:
+                row = _WandbRow(backend.experiment)
+                stats.log_to(row, step, prefix)
+                backend.add_scalars(row)
