@@ -186,7 +186,7 @@ def test_cache_serves_repeated_gates_and_stays_bounded(cache_mb: float) -> None:
     for _ in range(3):
         assert_exact(model, x, sparse)
     assert 0 < cache.size <= cache_mb * 2**20
-    assert cache.size == sum(size for _, size in cache._weights.values())
+    assert cache.size == sum(memory.nbytes for _, memory in cache._weights.values())
     for seed in range(20):
         model.gating.gates = random_gates(model, 1, 0.3, seed % 4, scale=1 + seed)
         assert_exact(model, x, sparse)
@@ -197,12 +197,12 @@ def test_cache_admits_at_the_second_request() -> None:
     cache = WeightCache(100)
     assert cache.get(('a',)) == (None, False)
     assert cache.get(('a',)) == (None, True)
-    cache.put(('a',), torch.zeros(10), 40)
-    cache.put(('b',), torch.zeros(10), 40)
+    cache.put(('a',), torch.zeros(10), torch.zeros(10))
+    cache.put(('b',), torch.zeros(10), torch.zeros(10))
     assert cache.get(('a',))[0] is not None
-    cache.put(('c',), torch.zeros(10), 40)
+    cache.put(('c',), torch.zeros(10), torch.zeros(10))
     assert cache.get(('b',))[0] is None
-    cache.put(('d',), torch.zeros(1000), 4000)
+    cache.put(('d',), torch.zeros(1000), torch.zeros(1000))
     assert cache.size == 80
 
 
@@ -327,8 +327,7 @@ def gathered(kernel: Any, stored: Tensor, inputs: np.ndarray, outputs: np.ndarra
         expected = stored.new_zeros(taps, pitch, count * block)
         expected[:, : kept.shape[1], : kept.shape[2]] = kept
         expected = expected.view(taps, pitch // pair, pair, count, block).permute(3, 0, 1, 4, 2)
-        written = torch.zeros(expected.numel() + 1, dtype=stored.dtype)
-        written[-1] = 7
+        written = torch.full((expected.numel() + 1,), 7, dtype=stored.dtype)
         kernel(stored, inputs, outputs, factors, written.data_ptr(), Blocks(block, pitch, pair))
         assert torch.equal(written[:-1], expected.flatten())
         assert written[-1] == 7
@@ -382,12 +381,12 @@ def test_layout_of_packed_weights_is_found(dtype: torch.dtype) -> None:
     geometry = ((1, 1), (1, 1), (1, 1))
     for sizes in ((64, 32, 3, 3), (40, 51, 3, 3), (272, 144, 3, 3)):
         form = packing.Form(sizes, geometry, (1, sizes[1], 14, 14), dtype, torch.get_num_threads())
-        assert packing._blocks(form) is not None
+        assert packing.layout_of(form) is not None
 
 
 @torch.no_grad()
 def test_unknown_layouts_run_on_plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, '_blocks', lambda form: None)
+    monkeypatch.setattr(packing, 'layout_of', lambda form: None)
     monkeypatch.setattr(packing, '_scratch', packing._Scratch())
     model = network('bottleneck_a')
     sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 2, 0.4)))
@@ -396,19 +395,18 @@ def test_unknown_layouts_run_on_plain_weights(monkeypatch: pytest.MonkeyPatch) -
 
 
 @torch.no_grad()
-def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_is_as_large_as_the_largest_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel_or_skip(torch.float32)
-    monkeypatch.setattr(packing, 'SCRATCH_BYTES', 2**20)
     monkeypatch.setattr(packing, '_scratch', packing._Scratch())
+    monkeypatch.setattr(packing, 'FORMS', 8)
     model = network('bottleneck_a')
     sparse = deepmoe_plugin.sparsify(model, cache_mb=0)
     for seed in range(10):
         with_gates(model, random_gates(model, 1, 0.2 + 0.06 * seed, seed))
         assert_exact(model, images(1, 40), sparse)
-    scratch = packing._scratch
-    assert len(scratch.held) > 1
-    assert scratch.size == sum(weight.num_bytes for weight in scratch.held.values() if weight)
-    assert scratch.size <= 2**20
+        assert len(packing._scratch.weights) <= 8
+    largest = max(conv.stored.nbytes for block in sparse.view().modules() for conv in getattr(block, 'convs', ()))
+    assert 0 < packing._scratch.memory.nbytes <= largest
 
 
 @torch.no_grad()

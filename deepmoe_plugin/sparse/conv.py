@@ -26,7 +26,7 @@ class WeightCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.size = 0
-        self._weights: OrderedDict[tuple[object, ...], tuple[Tensor, int]] = OrderedDict()
+        self._weights: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
         self._seen: OrderedDict[int, None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -47,15 +47,16 @@ class WeightCache:
                 self._seen.popitem(last=False)
             return None, again
 
-    def put(self, key: tuple[object, ...], weight: Tensor, num_bytes: int) -> None:
+    def put(self, key: tuple[object, ...], weight: Tensor, memory: Tensor) -> None:
+        """Store a weight and the tensor whose memory it lies in, which is what counts."""
         with self._lock:
-            if key in self._weights or num_bytes > self.capacity:
+            if key in self._weights or memory.nbytes > self.capacity:
                 return
-            self._weights[key] = weight, num_bytes
-            self.size += num_bytes
+            self._weights[key] = weight, memory
+            self.size += memory.nbytes
             while self.size > self.capacity:
                 _, (_, freed) = self._weights.popitem(last=False)
-                self.size -= freed
+                self.size -= freed.nbytes
 
 
 class GatherConv:
@@ -172,18 +173,18 @@ class GatherConv:
                 return weight, False
         packed = None
         if self.gather is not None:
-            packed = form.empty() if store else packing.scratch(form)
+            packed = packing.allocate(form) if store else packing.scratch(form)
         if self.gather is None or packed is None:
             weight = self._selected(reads, writes)
             if store:
-                self.cache.put(key, weight, weight.numel() * weight.element_size())
+                self.cache.put(key, weight, weight)
             return weight, False
         inputs = self.all_inputs if reads is None else reads.chosen
         outputs = self.all_outputs if writes is None else writes.chosen
         factors = None if gate is None or store else gate.contiguous()
-        self.gather(self.stored, inputs, outputs, factors, packed.address, packed.blocks)
+        self.gather(self.stored, inputs, outputs, factors, packed.memory.data_ptr(), packed.blocks)
         if store:
-            self.cache.put(key, packed.opaque, packed.num_bytes)
+            self.cache.put(key, packed.opaque, packed.memory)
         return packed.opaque, factors is not None
 
     def _selected(self, reads: Kept | None, writes: Kept | None) -> Tensor:

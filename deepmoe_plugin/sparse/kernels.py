@@ -53,7 +53,7 @@ def gather_kernel(dtype: torch.dtype) -> Gather | None:
     The kernel takes `(stored, inputs, outputs, factors, target, blocks)`: `stored` (T, I, O) contiguous, with room to
     read `LANES` elements beyond its end; which channels are kept, boolean, shapes (I,) and (O,); a factor for each
     output, kept or not (float32, shape (O,), contiguous), or None, always None in 16 bits; the address of weights in
-    the layout `blocks`, of which it writes what belongs to kept inputs.
+    the layout `blocks`, all of which it writes if any input is kept.
     """
     pair = {torch.float32: 1, torch.bfloat16: 2}.get(dtype)
     openmp = _torch_openmp()
@@ -201,10 +201,10 @@ def _compile(pair: int) -> Any:
 
     @intrinsic
     def clear(typingctx: Any, target: Any) -> Any:
-        """Write `LANES` zeros."""
+        """Write `STEP` zeros."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            store(builder, ir.Constant(vector, None), args[0])
+            store(builder, ir.Constant(part, None), args[0])
             return context.get_dummy_value()
 
         return types.void(types.int64), codegen
@@ -303,10 +303,10 @@ def _compile(pair: int) -> Any:
                     else:
                         for k in range(kept_out):
                             copy_one(weights + out_rows[k] * size, squeezed + k * size)
-                    for k in range(kept_out, blocks * block, LANES):
+                    for k in range(kept_out, blocks * block, STEP):
                         clear(squeezed + k * size)
                 if count % pair:
-                    for k in range(0, blocks * block, LANES):
+                    for k in range(0, blocks * block, STEP):
                         clear(rows + (count * pitch + k) * size)
                 for b in range(blocks):
                     place = target + ((b * taps + tap) * in_pitch + first) * block * size
@@ -318,6 +318,9 @@ def _compile(pair: int) -> Any:
                             else:
                                 copy(taken, pitch * size, place + k * pair * size)
                         place += pair * block * size
+                    if first + count == kept_in:
+                        for k in range(0, (in_pitch - kept_in) // pair * pair * block, STEP):
+                            clear(place + k * size)
             share = take_ticket(counters + 8)
 
     return gather

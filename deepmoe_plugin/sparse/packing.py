@@ -1,16 +1,17 @@
-"""Weights in the layouts that oneDNN computes with: made by oneDNN, then filled by us with what is kept.
+"""Weights in the layouts that oneDNN computes with, in memory of our own.
 
 oneDNN copies plain weights into a blocked layout at every call, which for small maps takes as long as the convolution.
-It leaves weights alone that have the layout it wants: those of its own reorder. Which layout that is depends on shapes
-and processor and is found out here: a layout is used if it reproduces, element by element, what oneDNN wrote.
+It leaves weights alone that are described as having the layout it wants. Which one that is depends on shapes and
+processor: oneDNN's own reorder shows it, and a layout counts as known if it reproduces, element by element, what oneDNN
+wrote. From then on the weights of that shape are gathered straight into place.
 """
 
 import ctypes
 import functools
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from torch import Tensor
 from .kernels import Blocks
 
 BLOCKS = (64, 48, 32, 16, 24, 8)
-SCRATCH_BYTES = 128 * 2**20
-"""Packed weights, of shapes that came before, that each thread keeps to write the next ones into."""
+FORMS = 4096
+"""Shapes whose layouts are remembered."""
+_MKLDNN_LAYOUT = 3  # c10::Layout::Mkldnn
 
 
 def available(like: Tensor) -> bool:
@@ -55,81 +57,141 @@ class Form(NamedTuple):
             weight, padding, stride, dilation, 1, list(self.input_shape)
         )
 
-    def empty(self) -> 'PackedWeight | None':
-        """Weights to be written; None if the layout is not known."""
-        blocks = _blocks(self)
-        if blocks is None:
-            return None
-        opaque = self.pack(torch.zeros(self.sizes, dtype=self.dtype))
-        return PackedWeight(opaque, torch.ops.mkldnn.data_ptr(opaque), torch.ops.mkldnn._nbytes(opaque), blocks)
+
+class Layout(NamedTuple):
+    """How weights of a form lie in memory.
+
+    Attributes:
+        blocks: the order of the elements.
+        num_bytes: memory that they take.
+        descriptor: the same in oneDNN's words.
+    """
+
+    blocks: Blocks
+    num_bytes: int
+    descriptor: Tensor
 
 
 class PackedWeight(NamedTuple):
-    """Weights in oneDNN's layout, and where and how they lie in memory."""
+    """Weights in oneDNN's layout: `opaque` is what torch's operators take, the elements are those in `memory`."""
 
     opaque: Tensor
-    address: int
-    num_bytes: int
+    memory: Tensor
     blocks: Blocks
 
+    @classmethod
+    def over(cls, memory: Tensor, form: Form, layout: Layout) -> 'PackedWeight':
+        """Weights that lie at the start of a buffer."""
+        dtype = getattr(_library(), f'aoti_torch_dtype_{str(form.dtype).split(".")[1]}')()
+        sizes = (ctypes.c_int64 * 4)(*form.sizes)
+        handle = ctypes.c_void_p()
+        error = _library().aoti_torch_create_tensor_from_blob_v2(
+            ctypes.c_void_p(memory.data_ptr()),
+            ctypes.c_int64(4),
+            sizes,
+            sizes,  # strides, which opaque tensors have none of
+            ctypes.c_int64(0),
+            ctypes.c_int32(dtype),
+            ctypes.c_int32(0),
+            ctypes.c_int32(0),
+            ctypes.byref(handle),
+            ctypes.c_int32(_MKLDNN_LAYOUT),
+            ctypes.c_void_p(layout.descriptor.data_ptr()),
+            ctypes.c_int64(layout.descriptor.numel()),
+        )
+        if error:
+            raise RuntimeError(f'torch could not describe weights {form} to oneDNN.')
+        capsule = ctypes.pythonapi.PyCapsule_New
+        capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        opaque = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(handle.value, None, None))
+        opaque.memory = memory  # which it does not own: whoever holds it, holds both
+        return cls(opaque, memory, layout.blocks)
 
-@functools.lru_cache(4096)
-def _blocks(form: Form) -> Blocks | None:
+
+@functools.cache
+def _library() -> Any:
+    """torch's own library, for the function that makes a tensor of described memory (of its ahead-of-time compiler)."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / 'lib/libtorch_cpu.so'))
+
+
+@functools.cache
+def _describes() -> bool:
+    """Whether this torch can do what is needed here; none of it is promised by its documentation."""
+    try:
+        return (
+            hasattr(torch.ops.mkldnn, '_get_mkldnn_serialized_md')
+            and hasattr(torch.ops.mkldnn, 'data_ptr')
+            and hasattr(torch._C._aoti, 'alloc_tensor_by_stealing_from_void_ptr')
+            and hasattr(_library(), 'aoti_torch_create_tensor_from_blob_v2')
+        )
+    except (AttributeError, OSError):
+        return False
+
+
+@functools.lru_cache(FORMS)
+def layout_of(form: Form) -> Layout | None:
     """The layout of oneDNN's weights, None if it is none that we know."""
-    if not hasattr(torch.ops.mkldnn, 'data_ptr'):
+    if not _describes():
         return None
-    bits = torch.int32 if form.dtype == torch.float32 else torch.int16
-    count = torch.Size(form.sizes).numel()
-    # Patterns of finite numbers of any type; the modulus, a prime, is none of the strides.
-    numbers = (
-        (torch.arange(count, dtype=bits if bits == torch.int32 else torch.int32) % 32507).to(bits).view(form.sizes)
-    )
-    opaque = form.pack(numbers.view(form.dtype))
-    written = _read(opaque, bits)
     outputs, inputs, *kernel = form.sizes
-    taps = torch.Size(kernel).numel()
+    taps = kernel[0] * kernel[1]
+    numbers = torch.arange(outputs * inputs * taps, dtype=torch.int32)
+    if form.dtype == torch.bfloat16:
+        numbers = (numbers % 32507).short()  # finite; a prime, so that no stride is a multiple of it
+    numbers = numbers.view(form.sizes)
+    packed = form.pack(numbers.view(form.dtype))
+    num_bytes = torch.ops.mkldnn._nbytes(packed)
+    written = _read(torch.ops.mkldnn.data_ptr(packed), num_bytes).view(numbers.dtype)
     pair = 4 // written.element_size()
     for block in BLOCKS:
-        padded = -(-outputs // block) * block
-        pitch, rest = divmod(len(written), padded * taps)
+        count = -(-outputs // block)
+        pitch, rest = divmod(len(written), count * block * taps)
         if rest or pitch < inputs or pitch % pair:
             continue
-        expected = numbers.new_zeros(padded, pitch, taps)
-        expected[:outputs, :inputs] = numbers.flatten(2)
-        expected = expected.view(padded // block, block, pitch // pair, pair, taps).permute(0, 4, 2, 1, 3)
-        if torch.equal(expected.flatten(), written):
-            return Blocks(block, pitch, pair)
+        plain = written.view(count, taps, pitch // pair, block, pair).permute(0, 3, 2, 4, 1).reshape(-1, pitch, taps)
+        if torch.equal(plain[:outputs, :inputs], numbers.flatten(2)):
+            return Layout(Blocks(block, pitch, pair), num_bytes, torch.ops.mkldnn._get_mkldnn_serialized_md(packed))
     return None
 
 
-def _read(opaque: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of what lies in memory, one-dimensional."""
-    buffer = bytearray(ctypes.string_at(torch.ops.mkldnn.data_ptr(opaque), torch.ops.mkldnn._nbytes(opaque)))
-    return torch.frombuffer(buffer, dtype=dtype)
+def _read(address: int, num_bytes: int) -> Tensor:
+    """A copy of memory."""
+    copy = torch.empty(num_bytes, dtype=torch.uint8)
+    ctypes.memmove(copy.data_ptr(), address, num_bytes)
+    return copy
+
+
+def allocate(form: Form) -> PackedWeight | None:
+    """Weights to be written, all of them; None if their layout is not known."""
+    layout = layout_of(form)
+    if layout is None:
+        return None
+    return PackedWeight.over(torch.empty(layout.num_bytes, dtype=torch.uint8), form, layout)
 
 
 class _Scratch(threading.local):
-    """Packed weights that are used once, least recently used out first; of one thread each."""
+    """The memory of a thread for weights that are used once: shared, so that it stays in the processor's cache."""
 
     def __init__(self) -> None:
-        self.size = 0
-        self.held: OrderedDict[Form, PackedWeight | None] = OrderedDict()
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.weights: dict[Form, PackedWeight | None] = {}
 
 
 _scratch = _Scratch()
 
 
 def scratch(form: Form) -> PackedWeight | None:
-    """Weights for the calling thread to overwrite and use until its next call; None if their layout is not known."""
-    held = _scratch.held
-    if form in held:
-        held.move_to_end(form)
-        return held[form]
-    weight = held[form] = form.empty()
-    _scratch.size += weight.num_bytes if weight else 0
-    while _scratch.size > SCRATCH_BYTES and len(held) > 1:
-        old = held.popitem(last=False)[1]
-        _scratch.size -= old.num_bytes if old else 0
+    """The same as `allocate`, in memory that the next call of this thread takes for other weights."""
+    weights = _scratch.weights
+    if form in weights:
+        return weights[form]
+    layout = layout_of(form)
+    if layout is not None and layout.num_bytes > len(_scratch.memory):
+        _scratch.memory = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        weights.clear()
+    elif len(weights) >= FORMS:
+        weights.clear()
+    weight = weights[form] = None if layout is None else PackedWeight.over(_scratch.memory, form, layout)
     return weight
 
 
