@@ -103,7 +103,7 @@ class PackedWeight(NamedTuple):
             raise RuntimeError(f'torch could not describe weights {form} to oneDNN.')
         capsule = ctypes.pythonapi.PyCapsule_New
         capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-        opaque = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(handle.value, None, None))
+        opaque: Any = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(handle.value, None, None))
         opaque.memory = memory  # which it does not own: whoever holds it, holds both
         return cls(opaque, memory, layout.blocks)
 
