@@ -317,7 +317,7 @@ def kernel_or_skip(dtype: torch.dtype) -> Any:
 def gathered(kernel: Any, stored: Tensor, inputs: np.ndarray, outputs: np.ndarray, factors: Tensor | None) -> None:
     """Compare the gather into blocks of several sizes, padded inputs included, with torch's indexing."""
     pair = 1 if stored.dtype == torch.float32 else 2
-    taps = len(stored)
+    taps, bias = len(stored), torch.randn(stored.shape[2]).to(stored.dtype)
     kept = stored[:, torch.from_numpy(inputs)][:, :, torch.from_numpy(outputs)]
     if factors is not None:
         kept = kept * factors[torch.from_numpy(outputs)]
@@ -328,8 +328,11 @@ def gathered(kernel: Any, stored: Tensor, inputs: np.ndarray, outputs: np.ndarra
         expected[:, : kept.shape[1], : kept.shape[2]] = kept
         expected = expected.view(taps, pitch // pair, pair, count, block).permute(3, 0, 1, 4, 2)
         written = torch.full((expected.numel() + 1,), 7, dtype=stored.dtype)
-        kernel(stored, inputs, outputs, factors, written.data_ptr(), Blocks(block, pitch, pair))
+        biases = torch.full((kept.shape[2] + 1,), 7, dtype=stored.dtype)
+        kernel(stored, bias, inputs, outputs, factors, written, biases, Blocks(block, pitch, pair))
         assert torch.equal(written[:-1], expected.flatten())
+        assert torch.equal(biases[:-1], bias[outputs] if factors is None else (bias * factors)[outputs])
+        assert biases[-1] == 7
         assert written[-1] == 7
 
 

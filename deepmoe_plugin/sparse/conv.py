@@ -134,18 +134,10 @@ class GatherConv:
             assert not isinstance(writes, Kept)
             return ragged.convolve(self, x, reads, writes, gate, relu, add_to)
         x = x.contiguous(memory_format=torch.channels_last)
-        bias = self.bias
         if reads is None and writes is None:
-            weight = self._dense(x)
+            weight, bias = self._dense(x), self.bias
         else:
-            foldable = gate is not None and relu and len(x) == 1 and gate.dtype == x.dtype == torch.float32
-            weight, is_folded = self._gathered(x, reads, writes, gate if foldable else None)
-            if gate is not None and is_folded:
-                bias = bias * gate[0]
-                gate = None
-        if writes is not None:
-            bias = bias.index_select(0, writes.index)
-            gate = None if gate is None else gate.index_select(1, writes.index)
+            weight, bias, gate = self._gathered(x, reads, writes, gate, relu)
         y = self._convolution(x, weight, bias, relu, add_to)
         return y if gate is None else y.mul_(gate.to(y.dtype)[:, :, None, None])
 
@@ -160,32 +152,35 @@ class GatherConv:
             dense = self.dense = form, form.pack(kernel)
         return dense[1]
 
-    def _gathered(self, x: Tensor, reads: Kept | None, writes: Kept | None, gate: Tensor | None) -> tuple[Tensor, bool]:
-        """Compact weights for inputs of this shape, and whether the outputs' gate (1, O) is multiplied in."""
+    def _gathered(
+        self, x: Tensor, reads: Kept | None, writes: Kept | None, gate: Tensor | None, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compact weight and bias for inputs of this shape, and what is left of the gate to be applied afterwards."""
         num_inputs = self.in_channels if reads is None else len(reads)
         num_outputs = self.out_channels if writes is None else len(writes)
         form = self._form(x, num_inputs, num_outputs)
-        store = False
+        weight, store = None, False
         if self.cache.capacity:
             key = (id(self), reads and reads.key, writes and writes.key, form)
             weight, store = self.cache.get(key)
-            if weight is not None:
-                return weight, False
-        packed = None
-        if self.gather is not None:
+        if weight is None and self.gather is not None:
             packed = packing.allocate(form) if store else packing.scratch(form)
-        if self.gather is None or packed is None:
+            if packed is not None:
+                foldable = gate is not None and relu and len(x) == 1 and gate.dtype == x.dtype == torch.float32
+                factors = gate.contiguous() if gate is not None and foldable and not store else None
+                inputs = self.all_inputs if reads is None else reads.chosen
+                outputs = self.all_outputs if writes is None else writes.chosen
+                bias = x.new_empty(num_outputs)
+                self.gather(self.stored, self.bias, inputs, outputs, factors, packed.memory, bias, packed.blocks)
+                if store:
+                    self.cache.put(key, packed.opaque, packed.memory)
+                return packed.opaque, bias, None if factors is not None else _chosen(gate, writes)
+        if weight is None:
             weight = self._selected(reads, writes)
             if store:
                 self.cache.put(key, weight, weight)
-            return weight, False
-        inputs = self.all_inputs if reads is None else reads.chosen
-        outputs = self.all_outputs if writes is None else writes.chosen
-        factors = None if gate is None or store else gate.contiguous()
-        self.gather(self.stored, inputs, outputs, factors, packed.memory.data_ptr(), packed.blocks)
-        if store:
-            self.cache.put(key, packed.opaque, packed.memory)
-        return packed.opaque, factors is not None
+        bias = self.bias if writes is None else self.bias.index_select(0, writes.index)
+        return weight, bias, _chosen(gate, writes)
 
     def _selected(self, reads: Kept | None, writes: Kept | None) -> Tensor:
         """Compact weights (kept outputs, kept inputs, kernel height, kernel width), by torch's means."""
@@ -230,6 +225,10 @@ class GatherConv:
         if add_to is not None:
             y = add_to.add_(y)
         return y.relu_() if relu else y
+
+
+def _chosen(gate: Tensor | None, writes: Kept | None) -> Tensor | None:
+    return gate if gate is None or writes is None else gate.index_select(1, writes.index)
 
 
 class FoldedSequence(nn.Module):

@@ -43,17 +43,17 @@ class Blocks(NamedTuple):
     pair: int
 
 
-Gather = Callable[[Tensor, np.ndarray, np.ndarray, Tensor | None, int, Blocks], None]
+Gather = Callable[[Tensor, Tensor, np.ndarray, np.ndarray, Tensor | None, Tensor, Tensor, Blocks], None]
 
 
 @functools.cache
 def gather_kernel(dtype: torch.dtype) -> Gather | None:
     """The gather for weights of this type, compiled on first use; None where it is not available.
 
-    The kernel takes `(stored, inputs, outputs, factors, target, blocks)`: `stored` (T, I, O) contiguous, with room to
-    read `LANES` elements beyond its end; which channels are kept, boolean, shapes (I,) and (O,); a factor for each
-    output, kept or not (float32, shape (O,), contiguous), or None, always None in 16 bits; the address of weights in
-    the layout `blocks`, all of which it writes if any input is kept.
+    The kernel takes `(stored, bias, inputs, outputs, factors, kept_weight, kept_bias, blocks)`: `stored` (T, I, O)
+    contiguous, with room to read `LANES` elements beyond its end, and `bias` (O,); which channels are kept, boolean,
+    shapes (I,) and (O,), one input or more; a factor for each output, kept or not (float32, shape (O,), contiguous), or
+    None, always None in 16 bits. It writes the kept weights in the layout `blocks`, and the kept biases, shape (k,).
     """
     pair = {torch.float32: 1, torch.bfloat16: 2}.get(dtype)
     openmp = _torch_openmp()
@@ -67,7 +67,14 @@ def gather_kernel(dtype: torch.dtype) -> Gather | None:
     entry, run = compiled.address, compiled.ctypes
 
     def gather(
-        stored: Tensor, inputs: np.ndarray, outputs: np.ndarray, factors: Tensor | None, target: int, blocks: Blocks
+        stored: Tensor,
+        bias: Tensor,
+        inputs: np.ndarray,
+        outputs: np.ndarray,
+        factors: Tensor | None,
+        kept_weight: Tensor,
+        kept_bias: Tensor,
+        blocks: Blocks,
     ) -> None:
         taps, in_channels, out_channels = stored.shape
         threads = torch.get_num_threads()
@@ -82,7 +89,9 @@ def gather_kernel(dtype: torch.dtype) -> Gather | None:
                 inputs.ctypes.data,
                 outputs.ctypes.data,
                 0 if factors is None else factors.data_ptr(),
-                target,
+                kept_weight.data_ptr(),
+                bias.data_ptr(),
+                kept_bias.data_ptr(),
                 rooms.ctypes.data,
                 taps,
                 in_channels,
@@ -99,7 +108,7 @@ def gather_kernel(dtype: torch.dtype) -> Gather | None:
             dtype=np.int64,
         )
         address = args.ctypes.data
-        args[14] = address + 15 * args.itemsize
+        args[16] = address + 17 * args.itemsize
         if threads == 1:
             run(address)
         else:
@@ -143,6 +152,7 @@ def _compile(pair: int) -> Any:
     vector = ir.VectorType(element, LANES)
     part = ir.VectorType(element, STEP)
     size = 4 // pair
+    bias_type = np.float32 if pair == 1 else np.uint16
     compacts = _has_compaction(pair)
 
     def load(builder: Any, address: Any, kind: Any) -> Any:
@@ -256,11 +266,12 @@ def _compile(pair: int) -> Any:
 
     @cfunc(types.void(types.voidptr))
     def gather(data: Any) -> None:
-        args = carray(data, (15,), np.int64)
+        args = carray(data, (17,), np.int64)
         source, factors, target = args[0], args[3], args[4]
-        taps, in_channels, out_channels = args[6], args[7], args[8]
-        block, in_pitch, pitch, shares, counters = args[9], args[10], args[11], args[13], args[14]
-        rows = args[5] + take_ticket(counters) * args[12]
+        taps, in_channels, out_channels = args[8], args[9], args[10]
+        block, in_pitch, pitch, shares, counters = args[11], args[12], args[13], args[15], args[16]
+        slot = take_ticket(counters)
+        rows = args[7] + slot * args[14]
         scales = rows + ROWS * pitch * size
         in_rows = carray(pointer(scales + 4 * pitch), (in_channels,), np.int64)
         out_rows = carray(pointer(scales + 4 * pitch + 8 * in_channels), (out_channels,), np.int64)
@@ -285,6 +296,13 @@ def _compile(pair: int) -> Any:
             squeezed_factors[:] = 0
             for k in range(kept_out):
                 squeezed_factors[k] = full[out_rows[k]]
+        if slot == 0:
+            biases = carray(pointer(args[5]), (out_channels,), bias_type)
+            kept_biases = carray(pointer(args[6]), (kept_out,), bias_type)
+            for k in range(kept_out):
+                kept_biases[k] = biases[out_rows[k]]
+                if pair == 1 and factors:
+                    kept_biases[k] *= squeezed_factors[k]
         share = take_ticket(counters + 8)
         while share < shares:
             for item in range(taps * batches * share // shares, taps * batches * (share + 1) // shares):

@@ -23,15 +23,20 @@ each image takes as long on an H200 as the products with all of them (2 bytes at
 class Kept:
     """Experts of one gated layer that are computed for a group of images, in ascending order.
 
-    Attributes:
+    Args:
         chosen: boolean for each expert, contiguous, shape (C_l,).
-        rows: indices of the chosen ones, int64, shape (k,).
+        device: of the network.
     """
 
     def __init__(self, chosen: np.ndarray, device: torch.device) -> None:
-        self.chosen = np.ascontiguousarray(chosen)
-        self.rows = np.flatnonzero(chosen)
+        self.chosen = chosen
         self.device = device
+        self.count = int(np.count_nonzero(chosen))
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """Indices of the chosen experts, int64, shape (k,)."""
+        return np.flatnonzero(self.chosen)
 
     @functools.cached_property
     def key(self) -> bytes:
@@ -44,7 +49,7 @@ class Kept:
         return _sent([self.rows], self.device)[0]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.count
 
 
 class Group(NamedTuple):
@@ -154,7 +159,8 @@ class Plan:
         self.kept: list[np.ndarray] = []
         if gates and self.ragged is None:
             kept = (torch.cat(list(gates), 1) > 0).cpu().numpy()
-            self.kept = np.split(kept, np.cumsum([gate.shape[1] for gate in gates])[:-1], axis=1)
+            widths = np.cumsum([gate.shape[1] for gate in gates])
+            self.kept = [np.ascontiguousarray(part) for part in np.split(kept, widths[:-1], axis=1)]
         self._ready: dict[int, Group] = {}
         if gates and len(gates[0]) == 1:
             gated = [segment for segment in segments if segment.widths]
@@ -259,9 +265,10 @@ def _groups(drafts: Sequence[_Draft]) -> list[Group]:
     """Bring groups to the device in one transfer."""
     if not drafts:
         return []
-    chosen = [kept for draft in drafts for kept in draft.kept if kept is not None]
-    arrays = [np.array(draft.images) for draft in drafts] + [kept.rows for kept in chosen]
-    indices = _sent(arrays, drafts[0].gates[0].device)
+    device = drafts[0].gates[0].device
+    arrays = [np.array(draft.images) for draft in drafts]
+    chosen = [kept for draft in drafts for kept in draft.kept if kept is not None and device.type != 'cpu']
+    indices = _sent(arrays + [kept.rows for kept in chosen], device)
     for experts, index in zip(chosen, indices[len(drafts) :], strict=True):
         experts.index = index
     groups = []
