@@ -12,6 +12,7 @@ the gating network, or those that a trained checkpoint gives to real images, wit
 import argparse
 import copy
 import csv
+import functools
 import itertools
 import json
 import platform
@@ -23,6 +24,7 @@ from typing import Any
 
 import timm
 import torch
+from sources import NETWORK_HELP, add_network_arguments, create_network, read_settings
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,7 +34,7 @@ from deepmoe_plugin.experts import expert_widths
 from deepmoe_plugin.macs import MacsTable
 from deepmoe_plugin.sparse.fold import fold_norm
 
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float64': torch.float64}
+DTYPES = {name: getattr(torch, name) for name in ('float32', 'bfloat16', 'float16', 'float64')}
 VARIANTS = {
     'masked': 'masked dense',
     'sparse': 'sparse',
@@ -113,18 +115,21 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
+FORMAT_TRIALS = 8
 
 
 def best_format(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     """The model in the faster of both memory formats."""
-    timed = []
-    for name, memory_format in FORMATS.items():
-        candidate = copy.deepcopy(model).to(memory_format=memory_format)
-        images = x.contiguous(memory_format=memory_format)
-        seconds = min(measure(lambda m=candidate, i=images: m(i), 'wall') for _ in range(4))
-        timed.append((seconds, name, candidate))
-    _, name, candidate = min(timed, key=lambda entry: entry[0])
-    return candidate, name
+    candidates = {
+        name: (copy.deepcopy(model).to(memory_format=memory_format), x.contiguous(memory_format=memory_format))
+        for name, memory_format in FORMATS.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(FORMAT_TRIALS):
+        for name, (candidate, images) in candidates.items():
+            times[name].append(measure(functools.partial(candidate, images), 'wall'))
+    best = min(times, key=lambda name: min(times[name]))
+    return candidates[best][0], best
 
 
 def measure(function: Callable[[], Any], clock: str) -> float:
@@ -147,11 +152,14 @@ def build(
     A variant prepares the images of the current draw, which is not timed, and returns the function to time.
     """
     dtype, device = DTYPES[args.dtype], torch.device(args.device)
-    make = dict(num_classes=args.num_classes, device=device)
     height, width = args.size
-    model = timm.create_model(args.model, checkpoint_path=args.checkpoint or '', **make).to(dtype).eval()
+    settings = {'num_classes': 1000, **read_settings(args.network, args)}
+    name = settings['model']
+    model = create_network(settings, args.checkpoint, args.use_ema, args.device).to(dtype)
     if not isinstance(model, deepmoe_plugin.DeepMoE):
-        raise SystemExit(f'{args.model} has no gates: choose a deepmoe model.')
+        raise ValueError(f'{name} has no gates: choose a deepmoe model.')
+    structure = dict(settings['model_kwargs'], num_classes=settings['num_classes'], device=device)
+    deepmoe_plugin.GatingConfig.pop_from(structure)
     widths = expert_widths(model, model.expert_layers)
     gates: SyntheticGates | RealGates
     if kept is None:
@@ -159,24 +167,24 @@ def build(
     else:
         x = torch.randn(args.batch, model.in_chans, height, width, device=device, dtype=dtype)
         gates = model.gating = SyntheticGates(widths, x, kept)
-    plain = timm.create_model(args.model, gated=False, widen=1, **make).to(dtype).eval()
+    plain = timm.create_model(name, gated=False, **dict(structure, widen=1)).to(dtype).eval()
     base_widths = expert_widths(plain, plain.expert_layers)
     factors = [max(1, n) / base for n, base in zip(gates.counts, base_widths, strict=True)]
     table = MacsTable(plain, (height, width))
-    facts: dict[str, Any] = {'base_gmacs': table.dense() / 1e9}
+    facts: dict[str, Any] = {'model': name, 'base_gmacs': table.dense() / 1e9}
     functions: dict[str, Callable[[], Callable[[], Any]]] = {}
 
-    def add(name: str, network: nn.Module, tune: bool = True) -> None:
+    def add(variant: str, network: nn.Module, tune: bool = True) -> None:
         memory_format = torch.preserve_format
         if tune:
-            network, facts[f'{name}_format'] = best_format(network, gates.images)
-            memory_format = FORMATS[facts[f'{name}_format']]
+            network, facts[f'{variant}_format'] = best_format(network, gates.images)
+            memory_format = FORMATS[facts[f'{variant}_format']]
 
         def prepare() -> Callable[[], Any]:
             images = gates.images.clone(memory_format=memory_format)
             return lambda: network(images)
 
-        functions[name] = prepare
+        functions[variant] = prepare
 
     if 'masked' in args.variants:
         add('masked', folded(model))
@@ -186,11 +194,11 @@ def build(
         sparse = deepmoe_plugin.sparsify(model, calibrate=x if args.calibrate else None, cache_mb=0)
         add('sparse', sparse, tune=False)
     if 'thin' in args.variants:
-        thin = timm.create_model(args.model, gated=False, widen=factors, **make).to(dtype)
+        thin = timm.create_model(name, gated=False, **dict(structure, widen=factors)).to(dtype)
         facts['thin_gmacs'] = MacsTable(thin, (height, width)).dense() / 1e9
         add('thin', folded(thin))
     if 'thin_fused' in args.variants:
-        thin = timm.create_model(args.model, widen=factors, **make).to(dtype).eval()
+        thin = timm.create_model(name, **dict(structure, widen=factors)).to(dtype).eval()
         thin.gating = SyntheticGates([max(1, n) for n in gates.counts], gates.images, 1)
         add('thin_fused', deepmoe_plugin.sparsify(thin), tune=False)
     if 'base' in args.variants:
@@ -204,14 +212,13 @@ def run(args: argparse.Namespace, kept: float | None) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in functions}
     if isinstance(gates, RealGates):
         kept = gates.stats.kept_experts
-    for repetition in tqdm(range(-args.warmup, args.repeats), desc=f'{args.model} kept {kept:.3g}'):
+    for repetition in tqdm(range(-args.warmup, args.repeats), desc=f'{facts["model"]} kept {kept:.3g}'):
         gates.draw()
         for name, prepare in functions.items():
             seconds = measure(prepare(), args.clock)
             if repetition >= 0:
                 times[name].append(seconds)
     row: dict[str, Any] = {
-        'model': args.model,
         'size': f'{args.size[0]}x{args.size[1]}',
         'batch': args.batch,
         'dtype': args.dtype,
@@ -286,14 +293,15 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         points = [(row.get('thin_gmacs', row['kept']), row[f'{name}_ms']) for row in rows if f'{name}_ms' in row]
         if points:
             axes.plot(*zip(*sorted(points), strict=True), marker='o', label=label)
-    axes.set(xlabel='GMACs of the kept experts', ylabel='time of a batch [ms]', title=args.model, ylim=(0, None))
+    axes.set(xlabel='GMACs of the kept experts', ylabel='time of a batch [ms]', title=rows[0]['model'], ylim=(0, None))
     axes.legend()
     figure.savefig(args.out.with_suffix('.png'), dpi=150)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('model', help='a registered DeepMoE model')
+    parser.add_argument('network', help=NETWORK_HELP)
+    add_network_arguments(parser)
     parser.add_argument('--size', type=int, nargs='+', default=[224], help='image height and width (one number: both)')
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--dtype', choices=DTYPES, default='float32')
@@ -302,14 +310,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--kept', type=float, nargs='+', help='fraction(s) of experts kept in each layer (default: 0.5)'
     )
-    parser.add_argument('--checkpoint', help='trained weights of the model; needs --images')
     parser.add_argument('--images', help='folder of images (any depth) whose gates to use; needs --checkpoint')
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument('--calibrate', action='store_true', help='let sparsify time both ways of every layer first')
     parser.add_argument('--repeats', type=int, default=15)
     parser.add_argument('--warmup', type=int, default=3)
     parser.add_argument('--clock', choices=('wall', 'cpu'), default='wall', help='cpu: time of all threads together')
-    parser.add_argument('--num-classes', type=int, default=1000)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=Path, help='writes OUT.csv, OUT.json and OUT.png')
     args = parser.parse_args()
@@ -322,17 +328,21 @@ def parse_args() -> argparse.Namespace:
         parser.error('--checkpoint and --images go together: the trained gates and the images that they see')
     if args.checkpoint and args.kept:
         parser.error('--kept makes random gates, --checkpoint brings its own: give one of them')
-    return args
+    return parser, args
 
 
 @torch.no_grad()
 def main() -> None:
-    args = parse_args()
+    parser, args = parse_args()
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
     fractions = [None] if args.checkpoint else args.kept or [0.5]
-    report(args, [run(args, kept) for kept in fractions])
+    try:
+        rows = [run(args, kept) for kept in fractions]
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    report(args, rows)
 
 
 if __name__ == '__main__':
