@@ -115,7 +115,7 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
-FORMAT_TRIALS = 8
+FORMAT_TRIALS, FORMAT_SECONDS = 8, 20
 
 
 def best_format(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
@@ -125,7 +125,9 @@ def best_format(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
         for name, memory_format in FORMATS.items()
     }
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(FORMAT_TRIALS):
+    for trial in range(FORMAT_TRIALS):
+        if trial > 1 and sum(map(sum, times.values())) > FORMAT_SECONDS:
+            break
         for name, (candidate, images) in candidates.items():
             times[name].append(measure(functools.partial(candidate, images), 'wall'))
     best = min(times, key=lambda name: min(times[name]))
