@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import packing, ragged
 from .fold import fold_norm
-from .kernels import LANES, gather_kernel
+from .kernels import LANES, buffer, gather_kernel
 from .plan import Kept
 from .ragged import RaggedKept
 
@@ -88,8 +88,8 @@ class GatherConv:
         self.gather = gather_kernel(weight.dtype) if self.fused else None
         if self.gather is not None:
             # The gather reads whole vectors, at the end of the last row beyond the weights.
-            buffer = weight.new_zeros(weight.numel() + LANES)
-            self.stored = buffer[: weight.numel()].view(self.taps, self.in_channels, self.out_channels)
+            room = buffer(weight.numel() + LANES, weight.dtype)
+            self.stored = room[: weight.numel()].view(self.taps, self.in_channels, self.out_channels)
         else:
             self.stored = weight.new_empty(self.out_channels, self.taps, self.in_channels)
         self._as_kernel(self.stored).copy_(weight)

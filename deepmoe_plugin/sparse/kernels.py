@@ -7,9 +7,11 @@ instruction for a vector of channels with AVX-512. The work runs in the OpenMP p
 second pool would fight it for the cores.
 """
 
+import contextlib
 import ctypes
 import functools
 import logging
+import mmap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ ROWS = 8
 """Rows that are squeezed before they are copied: reading at once what was just written in other pieces would stall."""
 SHARES = 4
 """Parts of the work for each thread: a thread that comes late leaves its parts to the others."""
+HUGE_PAGE = 2 * 2**20
 
 
 class Blocks(NamedTuple):
@@ -41,6 +44,17 @@ class Blocks(NamedTuple):
     outputs: int
     inputs: int
     pair: int
+
+
+def buffer(numel: int, dtype: torch.dtype) -> Tensor:
+    """Zeros, on huge pages where the system has them: a gather jumps from row to row, each on a page of its own."""
+    size = numel * dtype.itemsize
+    if size < HUGE_PAGE or not hasattr(mmap, 'MADV_HUGEPAGE'):
+        return torch.zeros(numel, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 Gather = Callable[[Tensor, Tensor, np.ndarray, np.ndarray, Tensor | None, Tensor, Tensor, Blocks], None]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import Blocks
+from .kernels import Blocks, buffer
 
 BLOCKS = (64, 48, 32, 16, 24, 8)
 FORMS = 4096
@@ -187,7 +187,7 @@ def scratch(form: Form) -> PackedWeight | None:
         return weights[form]
     layout = layout_of(form)
     if layout is not None and layout.num_bytes > len(_scratch.memory):
-        _scratch.memory = torch.empty(layout.num_bytes, dtype=torch.uint8)
+        _scratch.memory = buffer(layout.num_bytes, torch.uint8)
         weights.clear()
     elif len(weights) >= FORMS:
         weights.clear()
