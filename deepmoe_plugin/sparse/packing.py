@@ -116,15 +116,17 @@ def _library() -> Any:
 
 @functools.cache
 def _describes() -> bool:
-    """Whether this torch can do what is needed here; none of it is promised by its documentation."""
+    """Whether this torch takes weights that are described to it; nothing that this needs is promised by its manual."""
+    form = Form((16, 16, 1, 1), ((0, 0), (1, 1), (1, 1)), (1, 16, 4, 4), torch.float32, torch.get_num_threads())
+    weight = torch.arange(256.0).view(form.sizes)
+    x, bias = torch.arange(256.0).view(form.input_shape), torch.zeros(16)
     try:
-        return (
-            hasattr(torch.ops.mkldnn, '_get_mkldnn_serialized_md')
-            and hasattr(torch.ops.mkldnn, 'data_ptr')
-            and hasattr(torch._C._aoti, 'alloc_tensor_by_stealing_from_void_ptr')
-            and hasattr(_library(), 'aoti_torch_create_tensor_from_blob_v2')
-        )
-    except (AttributeError, OSError):
+        packed = form.pack(weight)
+        memory = _read(packed)
+        layout = Layout(Blocks(0, 0, 0), len(memory), torch.ops.mkldnn._get_mkldnn_serialized_md(packed))
+        described = PackedWeight.over(memory, form, layout)
+        return torch.equal(convolve(x, described.opaque, bias, form.geometry), convolve(x, packed, bias, form.geometry))
+    except (AttributeError, OSError, RuntimeError):
         return False
 
 
@@ -140,8 +142,7 @@ def layout_of(form: Form) -> Layout | None:
         numbers = (numbers % 32507).short()  # finite; a prime, so that no stride is a multiple of it
     numbers = numbers.view(form.sizes)
     packed = form.pack(numbers.view(form.dtype))
-    num_bytes = torch.ops.mkldnn._nbytes(packed)
-    written = _read(torch.ops.mkldnn.data_ptr(packed), num_bytes).view(numbers.dtype)
+    written = _read(packed).view(numbers.dtype)
     pair = 4 // written.element_size()
     for block in BLOCKS:
         count = -(-outputs // block)
@@ -150,14 +151,15 @@ def layout_of(form: Form) -> Layout | None:
             continue
         plain = written.view(count, taps, pitch // pair, block, pair).permute(0, 3, 2, 4, 1).reshape(-1, pitch, taps)
         if torch.equal(plain[:outputs, :inputs], numbers.flatten(2)):
-            return Layout(Blocks(block, pitch, pair), num_bytes, torch.ops.mkldnn._get_mkldnn_serialized_md(packed))
+            descriptor = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
+            return Layout(Blocks(block, pitch, pair), written.nbytes, descriptor)
     return None
 
 
-def _read(address: int, num_bytes: int) -> Tensor:
-    """A copy of memory."""
-    copy = torch.empty(num_bytes, dtype=torch.uint8)
-    ctypes.memmove(copy.data_ptr(), address, num_bytes)
+def _read(packed: Tensor) -> Tensor:
+    """A copy of what lies in memory, bytes."""
+    copy = torch.empty(torch.ops.mkldnn._nbytes(packed), dtype=torch.uint8)
+    ctypes.memmove(copy.data_ptr(), torch.ops.mkldnn.data_ptr(packed), len(copy))
     return copy
 
 
