@@ -26,7 +26,7 @@ LANES = 16
 STEP = 8
 """Channels that are copied at a time; blocks are multiples of it."""
 ROWS = 8
-"""Rows that are squeezed before they are copied: reading at once what was just written in other pieces would stall."""
+"""Rows that are squeezed before they are copied, so that neighbours in the blocked layout are written together."""
 SHARES = 4
 """Parts of the work for each thread: a thread that comes late leaves its parts to the others."""
 HUGE_PAGE = 2 * 2**20
@@ -187,6 +187,8 @@ def _compile(pair: int) -> Any:
 
     @intrinsic
     def pointer(typingctx: Any, address: Any) -> Any:
+        """The address as what `carray` takes."""
+
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
@@ -196,7 +198,7 @@ def _compile(pair: int) -> Any:
     def squeeze(typingctx: Any, source: Any, target: Any, word: Any) -> Any:
         """Write the lanes at `source` whose bits are set in `word` side by side to `target`, and zeros behind them.
 
-        In a register, then as a whole: compaction into memory is hundreds of times slower on some processors (Zen 4).
+        In a register, then as a whole: compaction into memory is very slow on some processors (Zen 4).
         """
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -212,6 +214,8 @@ def _compile(pair: int) -> Any:
 
     @intrinsic
     def prefetch(typingctx: Any, source: Any) -> Any:
+        """Ask for the cache line at `source`, to be read once."""
+
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             place = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
             number = ir.IntType(32)
@@ -235,6 +239,8 @@ def _compile(pair: int) -> Any:
 
     @intrinsic
     def copy_one(typingctx: Any, source: Any, target: Any) -> Any:
+        """Write one channel."""
+
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             store(builder, load(builder, args[0], element), args[1])
             return context.get_dummy_value()
@@ -272,6 +278,7 @@ def _compile(pair: int) -> Any:
 
     @njit
     def list_kept(kept: Any, rows: Any) -> int:
+        """Write the indices of kept channels to `rows`, return their number."""
         count = 0
         for channel in range(len(kept)):
             rows[count] = channel
@@ -281,19 +288,18 @@ def _compile(pair: int) -> Any:
     @cfunc(types.void(types.voidptr))
     def gather(data: Any) -> None:
         args = carray(data, (17,), np.int64)
-        source, factors, target = args[0], args[3], args[4]
-        taps, in_channels, out_channels = args[8], args[9], args[10]
-        block, in_pitch, pitch, shares, counters = args[11], args[12], args[13], args[15], args[16]
+        stored, inputs, outputs, factors, target, bias, kept_bias, rooms = args[:8]
+        taps, in_channels, out_channels, block, in_pitch, pitch, room, shares, counters = args[8:]
         slot = take_ticket(counters)
-        rows = args[7] + slot * args[14]
+        rows = rooms + slot * room
         scales = rows + ROWS * pitch * size
         in_rows = carray(pointer(scales + 4 * pitch), (in_channels,), np.int64)
         out_rows = carray(pointer(scales + 4 * pitch + 8 * in_channels), (out_channels,), np.int64)
         out_words = (out_channels + LANES - 1) // LANES
         starts = carray(pointer(scales + 4 * pitch + 8 * (in_channels + out_channels)), (out_words,), np.int64)
         words = carray(pointer(scales + 4 * pitch + 8 * (in_channels + 2 * out_channels)), (out_words,), np.uint16)
-        kept_in = list_kept(carray(pointer(args[1]), (in_channels,), np.uint8), in_rows)
-        kept_out = list_kept(carray(pointer(args[2]), (out_channels,), np.uint8), out_rows)
+        kept_in = list_kept(carray(pointer(inputs), (in_channels,), np.uint8), in_rows)
+        kept_out = list_kept(carray(pointer(outputs), (out_channels,), np.uint8), out_rows)
         count = 0
         for word in range(out_words):
             starts[word] = count
@@ -311,8 +317,8 @@ def _compile(pair: int) -> Any:
             for k in range(kept_out):
                 squeezed_factors[k] = full[out_rows[k]]
         if slot == 0:
-            biases = carray(pointer(args[5]), (out_channels,), bias_type)
-            kept_biases = carray(pointer(args[6]), (kept_out,), bias_type)
+            biases = carray(pointer(bias), (out_channels,), bias_type)
+            kept_biases = carray(pointer(kept_bias), (kept_out,), bias_type)
             for k in range(kept_out):
                 kept_biases[k] = biases[out_rows[k]]
                 if pair == 1 and factors:
@@ -323,11 +329,11 @@ def _compile(pair: int) -> Any:
                 tap, first = item // batches, item % batches * ROWS
                 count = min(ROWS, kept_in - first)
                 for member in range(count):
-                    weights = source + (tap * in_channels + in_rows[first + member]) * out_channels * size
+                    weights = stored + (tap * in_channels + in_rows[first + member]) * out_channels * size
                     squeezed = rows + member * pitch * size
                     following = first + member + 2
                     ahead = (tap + following // kept_in) * in_channels + in_rows[following % kept_in]
-                    ahead = source + ahead * out_channels * size
+                    ahead = stored + ahead * out_channels * size
                     if compacts:
                         for word in range(out_words):
                             prefetch(ahead + word * LANES * size)
