@@ -204,10 +204,10 @@ class GateBudget(nn.Module):
     The cost itself says nothing before the first gate reaches zero, and then most follow at once. What lambda answers
     to is the distance that gates still have to go: the threshold t at which experts with a gate above t would cost
     just the target. Gates move at a speed proportional to lambda, so with lambda proportional to t they approach the
-    target and slow down on the way; below the target t and lambda are negative and lift the gates again, closed ones
-    included. The factor, `strength`, finds its own scale: it grows while the running average of the error in cost is
-    outside the tolerance, and shrinks each time that average changes sign after having been outside. All of it is
-    saved with the model.
+    target and slow down on the way; below the target t and lambda are negative, and the gates above t, closed ones
+    included, are to be lifted again. The factor, `strength`, finds its own scale: it grows while the running average
+    of the error in cost is outside the tolerance, and shrinks each time that average changes sign after having been
+    outside. All of it is saved with the model.
 
     Args:
         target: fraction to settle at.
@@ -232,7 +232,7 @@ class GateBudget(nn.Module):
         self.register_buffer('peak', torch.tensor(0.0, device=device))
 
     @torch.no_grad()
-    def step(self, preact: Tensor, cost: Callable[[Tensor], Tensor]) -> Tensor:
+    def step(self, preact: Tensor, cost: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Look at one batch.
 
         Args:
@@ -240,7 +240,7 @@ class GateBudget(nn.Module):
             cost: maps the experts that images keep (B, N, boolean) to the fraction that each image spends (B,).
 
         Returns:
-            lambda, a scalar, signed.
+            lambda, a scalar, signed, and the threshold t, -inf where no gate is near enough to spend the target.
         """
         error = (_average(cost(preact > 0)) - self.target).to(self.strength.dtype)
         average = torch.lerp(error, self.error, self.momentum)
@@ -250,7 +250,8 @@ class GateBudget(nn.Module):
         self.strength.mul_(torch.where(average.abs() > self.tolerance, 1 + self.growth, 1.0))
         self.peak.copy_(torch.where(crossed, average.abs(), torch.maximum(self.peak, average.abs())))
         self.error.copy_(average)
-        return self.strength * self._distance(preact[: self.sample], cost)
+        distance = self._distance(preact[: self.sample], cost)
+        return self.strength * distance, torch.where(distance < -0.99, -torch.inf, distance)
 
     def _distance(self, preact: Tensor, cost: Callable[[Tensor], Tensor]) -> Tensor:
         """The threshold at which the target is spent, at most 1 either way; found without leaving the device."""

@@ -75,10 +75,15 @@ class GatingLoss:
         return (gates * self._costs).sum(1).mean()
 
     def _steered(self, gating: GatingNetwork, budget: GateBudget, preact: Tensor) -> Tensor:
-        """L_g with a lambda that leads to the target; a negative lambda lifts all gates, closed ones included."""
-        weight = budget.step(preact.detach(), self._macs().spent if gating.budget_on_macs else _fraction_kept)
+        """L_g with a lambda that leads to the target; a negative lambda lifts gates, closed ones included.
+
+        Lifted are the gates that the target has room for. Lifting all would outweigh closing, which moves the open ones
+        only: where few are to stay open, images that differ would then lift more than they close, on average.
+        """
+        cost = self._macs().spent if gating.budget_on_macs else _fraction_kept
+        weight, threshold = budget.step(preact.detach(), cost)
         closing = weight.clamp(min=0) * self._norm(gating, preact.relu())
-        return closing + weight.clamp(max=0) * self._norm(gating, preact)
+        return closing + weight.clamp(max=0) * self._norm(gating, preact * (preact.detach() > threshold))
 
     def _check_reachable(self, target: float) -> None:
         table = self._macs()

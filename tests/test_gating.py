@@ -8,7 +8,7 @@ from small_networks import images, randomise, small
 from torch import nn
 
 import deepmoe_plugin
-from deepmoe_plugin.gating import GateBudget, GateHeads, GatingConfig, GatingNetwork, ShallowEmbedding
+from deepmoe_plugin.gating import GateBudget, GateHeads, GatingConfig, GatingNetwork, GatingRecord, ShallowEmbedding
 from deepmoe_plugin.losses import GatingLoss
 
 
@@ -197,21 +197,21 @@ def gates_around(mean, experts=100):
 def test_lambda_is_proportional_to_the_distance_of_the_gates_from_the_target(target, mean):
     distance = mean + 0.5 - target  # lowering all gates by this leaves the target fraction above zero
     budget = GateBudget(target, 2.0)
-    assert budget.step(gates_around(mean), fraction_kept).item() == pytest.approx(
+    assert budget.step(gates_around(mean), fraction_kept)[0].item() == pytest.approx(
         2.02 * max(-1, min(1, distance)), abs=0.05
     )
 
 
 def test_lambda_sees_gates_coming_before_the_first_one_closes():
-    far, near = (GateBudget(0.5, 1.0).step(torch.full((2, 8), gate), fraction_kept) for gate in (1.0, 0.1))
+    far, near = (GateBudget(0.5, 1.0).step(torch.full((2, 8), gate), fraction_kept)[0] for gate in (1.0, 0.1))
     assert near < 0.2 * far
 
 
 def test_budget_pushes_harder_while_the_target_is_missed_and_softer_after_overshooting():
     budget = GateBudget(0.5, 2.0)
-    first = budget.step(gates_around(0.4), fraction_kept)
+    first, _ = budget.step(gates_around(0.4), fraction_kept)
     for _ in range(20):
-        last = budget.step(gates_around(0.4), fraction_kept)
+        last, _ = budget.step(gates_around(0.4), fraction_kept)
     assert last > first
     before = budget.strength.item()
     strengths = []
@@ -232,11 +232,41 @@ def test_budget_settles_at_its_target(target, speed, spread):
     gate, velocity, kept = torch.tensor(1.0), torch.tensor(0.0), []
     for step in range(1500):
         gates = gate + min(1, step / 300) * offsets
-        velocity = 0.9 * velocity + speed * budget.step(gates, fraction_kept)
+        velocity = 0.9 * velocity + speed * budget.step(gates, fraction_kept)[0]
         gate = gate - velocity
         kept.append((gates > 0).float().mean().item())
     assert sum(kept[-100:]) / 100 == pytest.approx(target, abs=0.02)
     assert min(kept) > target - 0.1
+
+
+@pytest.mark.parametrize('target', [0.1, 0.25, 0.75])
+def test_target_is_held_when_images_differ(target):
+    """Heads train on mixtures that part from image to image: lambda must settle, and neither swing nor run away."""
+    torch.manual_seed(0)
+    model = small('cifar', target_kept=target, num_latent_experts=64).train()
+    heads, loss, centres = model.gating.heads, GatingLoss(model), torch.randn(100, 64)
+    optimizer = torch.optim.SGD([heads.weight], lr=0.1, momentum=0.9)
+    kept, lambdas = [], []
+    for step in range(1500):
+        logits = centres[torch.randint(100, (64,))] + 0.5 * torch.randn(64, 64)
+        preact = heads((3 * min(1, step / 500) * logits).softmax(1))
+        optimizer.zero_grad()
+        loss(GatingRecord(preact, None))['loss_gate'].backward()
+        optimizer.step()
+        kept.append((preact > 0).float().mean().item())
+        lambdas.append(model.gating.budget.strength.item())
+    assert sum(kept[-200:]) / 200 == pytest.approx(target, abs=0.02)
+    assert lambdas[-1] < 100 * lambdas[0]
+
+
+def test_gates_far_below_zero_are_all_lifted():
+    budget = GateBudget(0.5, 1.0)
+    weight, threshold = budget.step(torch.full((2, 8), -5.0), fraction_kept)
+    assert weight < 0
+    assert threshold == -torch.inf
+    weight, threshold = budget.step(gates_around(-0.4), fraction_kept)
+    assert weight < 0
+    assert threshold.item() == pytest.approx(-0.4, abs=0.02)
 
 
 def test_budget_continues_from_its_saved_state():
@@ -247,7 +277,7 @@ def test_budget_continues_from_its_saved_state():
     twin.load_state_dict(model.state_dict())
     for mean in (-0.2, 0.3, 0.1):
         budgets = (model.gating.budget, twin.gating.budget)
-        first, second = (budget.step(gates_around(mean), fraction_kept) for budget in budgets)
+        first, second = (budget.step(gates_around(mean), fraction_kept)[0] for budget in budgets)
         assert first == second
     torch.testing.assert_close(state(model.gating.budget), state(twin.gating.budget), rtol=0, atol=0)
 
