@@ -114,10 +114,10 @@ class Segment:
         """Its gated layers among those of the network."""
         return slice(self.first, self.first + len(self.widths))
 
-    def rounded(self, layer: int, count: int) -> int:
-        """Experts to compute when `count` are kept: repeated shapes let oneDNN reuse its kernels."""
-        step = self.steps[layer]
-        return min(self.widths[layer], max(step, -(-count // step) * step))
+    def rounded(self, counts: np.ndarray) -> np.ndarray:
+        """Experts to compute in each layer when `counts`, (..., layers), are kept: repeated shapes reuse kernels."""
+        steps = np.array(self.steps)
+        return np.minimum(self.widths, np.maximum(steps, -(-counts // steps) * steps))
 
     def cost(self, counts: np.ndarray, images: np.ndarray | int, positions: int) -> np.ndarray:
         """Multiply-accumulates, gathering included, of groups that compute `counts` experts of each layer.
@@ -127,8 +127,7 @@ class Segment:
             images: number of images of each group.
             positions: of the segment's input.
         """
-        steps, widths = np.array(self.steps), np.array(self.widths)
-        computed = np.minimum(widths, np.maximum(steps, -(-counts // steps) * steps))
+        computed, widths = self.rounded(counts), np.array(self.widths)
         fractions = np.where(computed > np.array(self.limits) * widths, 1, computed / widths)
         total = np.zeros(len(counts))
         for reader in self.readers:
@@ -189,7 +188,12 @@ class Plan:
             masks = self.kept[segment.layers]
             unions = [np.asarray(mask[images[0]] if len(images) == 1 else mask[images].any(0)) for mask in masks]
         gates = self.gates[segment.layers]
-        return _Draft(images, [_choice(segment, i, union, gates[0].device) for i, union in enumerate(unions)], gates)
+        counts = segment.rounded(np.array([np.count_nonzero(union) for union in unions])).tolist()
+        choices = [
+            _choice(segment, layer, *choice, gates[0].device)
+            for layer, choice in enumerate(zip(unions, counts, strict=True))
+        ]
+        return _Draft(images, choices, gates)
 
 
 class _Draft(NamedTuple):
@@ -249,9 +253,8 @@ def _any_pair_pays(
     return bool((segment.cost(unions, 2, positions) <= alone[first] + alone[second]).any())
 
 
-def _choice(segment: Segment, layer: int, union: np.ndarray, device: torch.device) -> Kept | None:
+def _choice(segment: Segment, layer: int, union: np.ndarray, count: int, device: torch.device) -> Kept | None:
     kept_count = int(np.count_nonzero(union))
-    count = segment.rounded(layer, kept_count)
     if count > segment.limits[layer] * segment.widths[layer]:
         return None
     if count > kept_count:
