@@ -1,5 +1,6 @@
 """Reading a network for inference: norms folded into convolutions, evaluation mode without touching the original."""
 
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -63,28 +64,20 @@ def fingerprint(module: nn.Module) -> Callable[[], bool]:
     Seen are assignments of modules and tensors, moves, and in-place changes of tensors, except those made through
     `.data` and those of inference tensors, which torch does not count.
     """
-    entries: list[tuple[dict[str, Any], str, Any]] = []
-    tensors: list[tuple[Tensor, int, int]] = []
-    inference: list[tuple[Tensor, int]] = []
-    for part in module.modules():
-        for name in ('_modules', '_parameters', '_buffers'):
-            held = part.__dict__[name]
-            entries += [(held, key, value) for key, value in held.items()]
-            for tensor in held.values() if name != '_modules' else ():
-                if tensor is None:
-                    continue
-                if tensor.is_inference():  # these count no changes
-                    inference.append((tensor, tensor.data_ptr()))
-                else:
-                    tensors.append((tensor, tensor.data_ptr(), tensor._version))
+    kinds = ('_modules', '_parameters', '_buffers')
+    held = [(part.__dict__[kind], key) for part in module.modules() for kind in kinds for key in part.__dict__[kind]]
+    holders, keys = [holder for holder, _ in held], [key for _, key in held]
+    values = list(map(dict.get, holders, keys))
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    counted = [tensor for tensor in tensors if not tensor.is_inference()]
+    version = operator.attrgetter('_version')
+    versions, pointers = list(map(version, counted)), list(map(Tensor.data_ptr, tensors))
 
-    def unchanged() -> bool:
-        for held, key, value in entries:
-            if held.get(key) is not value:
-                return False
-        for tensor, pointer, version in tensors:
-            if tensor._version != version or tensor.data_ptr() != pointer:
-                return False
-        return all(tensor.data_ptr() == pointer for tensor, pointer in inference)
+    def unchanged() -> bool:  # asked for every batch: loops in C
+        return (
+            all(map(operator.is_, map(dict.get, holders, keys), values))
+            and list(map(version, counted)) == versions
+            and list(map(Tensor.data_ptr, tensors)) == pointers
+        )
 
     return unchanged

@@ -3,8 +3,11 @@
 A convolution weight is stored as (kernel position, input, output). What is kept of it is written straight into the
 blocked layout that oneDNN computes with (`packing`): whole rows of closed inputs are never read, closed outputs are
 squeezed out of the rows that are. Kept channels come in ascending order, so squeezing is a stream compaction, one
-instruction for a vector of channels with AVX-512. The work runs in the OpenMP pool that torch has started already: a
-second pool would fight it for the cores.
+instruction for a vector of channels with AVX-512.
+
+The work runs in the OpenMP pool that torch has started already: a second pool would fight it for the cores. Each thread
+writes a range of output blocks of its own, in the order in which oneDNN divides them among the same threads: cores that
+share no cache then have little to send each other.
 """
 
 import contextlib
@@ -28,7 +31,11 @@ STEP = 8
 ROWS = 8
 """Rows that are squeezed before they are copied, so that neighbours in the blocked layout are written together."""
 SHARES = 4
-"""Parts of the work for each thread: a thread that comes late leaves its parts to the others."""
+"""Parts of the work of each thread: a thread that comes late leaves its parts to the others."""
+AHEAD = 8
+"""Rows between the one that is squeezed and the one that is fetched: memory answers late."""
+COUNTER_PITCH = 8
+"""Numbers between the counters of two threads: each has a cache line of its own."""
 HUGE_PAGE = 2 * 2**20
 
 
@@ -79,6 +86,7 @@ def gather_kernel(dtype: torch.dtype) -> Gather | None:
         _logger.info('numba is not installed: sparse execution on the CPU gathers its weights more slowly.')
         return None
     entry, run = compiled.address, compiled.ctypes
+    thread_number = ctypes.cast(openmp.omp_get_thread_num, ctypes.c_void_p).value
 
     def gather(
         stored: Tensor,
@@ -97,6 +105,7 @@ def gather_kernel(dtype: torch.dtype) -> Gather | None:
         room = ROWS * pitch * stored.element_size() + 4 * pitch + 8 * (in_channels + 3 * out_channels)
         room = -(-room // 64) * 64
         rooms = np.empty(threads * room, dtype=np.uint8)
+        counters = np.zeros(threads * COUNTER_PITCH, dtype=np.int64)
         args = np.array(
             (
                 stored.data_ptr(),
@@ -114,15 +123,13 @@ def gather_kernel(dtype: torch.dtype) -> Gather | None:
                 blocks.inputs,
                 pitch,
                 room,
-                SHARES * threads,
-                0,
-                0,
-                0,
+                threads,
+                thread_number,
+                counters.ctypes.data,
             ),
             dtype=np.int64,
         )
         address = args.ctypes.data
-        args[16] = address + 17 * args.itemsize
         if threads == 1:
             run(address)
         else:
@@ -186,6 +193,17 @@ def _compile(pair: int) -> Any:
         return types.int64(types.int64), codegen
 
     @intrinsic
+    def call(typingctx: Any, function: Any) -> Any:
+        """What the function at an address returns, an int."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = ir.FunctionType(ir.IntType(32), [])
+            result = builder.call(builder.inttoptr(args[0], kind.as_pointer()), [])
+            return builder.sext(result, ir.IntType(64))
+
+        return types.int64(types.int64), codegen
+
+    @intrinsic
     def pointer(typingctx: Any, address: Any) -> Any:
         """The address as what `carray` takes."""
 
@@ -214,7 +232,7 @@ def _compile(pair: int) -> Any:
 
     @intrinsic
     def prefetch(typingctx: Any, source: Any) -> Any:
-        """Ask for the cache line at `source`, to be read once."""
+        """Ask for the cache line at `source`, in the second-level cache: that one waits for more lines at a time."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             place = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
@@ -222,7 +240,7 @@ def _compile(pair: int) -> Any:
             kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
             name = 'llvm.prefetch.p0'
             function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-            builder.call(function, [place, number(0), number(0), number(1)])
+            builder.call(function, [place, number(0), number(2), number(1)])
             return context.get_dummy_value()
 
         return types.void(types.int64), codegen
@@ -287,10 +305,10 @@ def _compile(pair: int) -> Any:
 
     @cfunc(types.void(types.voidptr))
     def gather(data: Any) -> None:
-        args = carray(data, (17,), np.int64)
+        args = carray(data, (18,), np.int64)
         stored, inputs, outputs, factors, target, bias, kept_bias, rooms = args[:8]
-        taps, in_channels, out_channels, block, in_pitch, pitch, room, shares, counters = args[8:]
-        slot = take_ticket(counters)
+        taps, in_channels, out_channels, block, in_pitch, pitch, room, threads, thread_number, counters = args[8:]
+        slot = call(thread_number)
         rows = rooms + slot * room
         scales = rows + ROWS * pitch * size
         in_rows = carray(pointer(scales + 4 * pitch), (in_channels,), np.int64)
@@ -323,42 +341,51 @@ def _compile(pair: int) -> Any:
                 kept_biases[k] = biases[out_rows[k]]
                 if pair == 1 and factors:
                     kept_biases[k] *= squeezed_factors[k]
-        share = take_ticket(counters + 8)
-        while share < shares:
-            for item in range(taps * batches * share // shares, taps * batches * (share + 1) // shares):
-                tap, first = item // batches, item % batches * ROWS
-                count = min(ROWS, kept_in - first)
-                for member in range(count):
-                    weights = stored + (tap * in_channels + in_rows[first + member]) * out_channels * size
-                    squeezed = rows + member * pitch * size
-                    following = first + member + 2
-                    ahead = (tap + following // kept_in) * in_channels + in_rows[following % kept_in]
-                    ahead = stored + ahead * out_channels * size
-                    if compacts:
-                        for word in range(out_words):
-                            prefetch(ahead + word * LANES * size)
-                            squeeze(weights + word * LANES * size, squeezed + starts[word] * size, words[word])
-                    else:
-                        for k in range(kept_out):
-                            copy_one(weights + out_rows[k] * size, squeezed + k * size)
-                    for k in range(kept_out, blocks * block, STEP):
-                        clear(squeezed + k * size)
-                if count % pair:
-                    for k in range(0, blocks * block, STEP):
-                        clear(rows + (count * pitch + k) * size)
-                for b in range(blocks):
-                    place = target + ((b * taps + tap) * in_pitch + first) * block * size
-                    for member in range(0, count, pair):
-                        for k in range(0, block, STEP):
-                            taken = rows + (member * pitch + b * block + k) * size
-                            if pair == 1 and factors:
-                                copy_scaled(taken, scales + (b * block + k) * 4, place + k * size)
-                            else:
-                                copy(taken, pitch * size, place + k * pair * size)
-                        place += pair * block * size
-                    if first + count == kept_in:
-                        for k in range(0, (in_pitch - kept_in) // pair * pair * block, STEP):
-                            clear(place + k * size)
-            share = take_ticket(counters + 8)
+        items = taps * batches
+        for turn in range(threads):
+            owner = (slot + turn) % threads
+            first_block, last_block = blocks * owner // threads, blocks * (owner + 1) // threads
+            if first_block == last_block:
+                continue
+            first_word = out_rows[first_block * block] // LANES
+            last_word = out_rows[min(last_block * block, kept_out) - 1] // LANES + 1
+            counter = counters + owner * COUNTER_PITCH * 8
+            share = take_ticket(counter)
+            while share < SHARES:
+                for item in range(items * share // SHARES, items * (share + 1) // SHARES):
+                    tap, first = item // batches, item % batches * ROWS
+                    count = min(ROWS, kept_in - first)
+                    for member in range(count):
+                        weights = stored + (tap * in_channels + in_rows[first + member]) * out_channels * size
+                        squeezed = rows + member * pitch * size
+                        following = first + member + AHEAD
+                        ahead = (tap + following // kept_in) * in_channels + in_rows[following % kept_in]
+                        ahead = stored + ahead * out_channels * size
+                        if compacts:
+                            for word in range(first_word, last_word):
+                                prefetch(ahead + word * LANES * size)
+                                squeeze(weights + word * LANES * size, squeezed + starts[word] * size, words[word])
+                        else:
+                            for k in range(first_block * block, min(last_block * block, kept_out)):
+                                copy_one(weights + out_rows[k] * size, squeezed + k * size)
+                        for k in range(kept_out, last_block * block, STEP):
+                            clear(squeezed + k * size)
+                    if count % pair:
+                        for k in range(first_block * block, last_block * block, STEP):
+                            clear(rows + (count * pitch + k) * size)
+                    for b in range(first_block, last_block):
+                        place = target + ((b * taps + tap) * in_pitch + first) * block * size
+                        for member in range(0, count, pair):
+                            for k in range(0, block, STEP):
+                                taken = rows + (member * pitch + b * block + k) * size
+                                if pair == 1 and factors:
+                                    copy_scaled(taken, scales + (b * block + k) * 4, place + k * size)
+                                else:
+                                    copy(taken, pitch * size, place + k * pair * size)
+                            place += pair * block * size
+                        if first + count == kept_in:
+                            for k in range(0, (in_pitch - kept_in) // pair * pair * block, STEP):
+                                clear(place + k * size)
+                share = take_ticket(counter)
 
     return gather

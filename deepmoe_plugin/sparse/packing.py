@@ -21,6 +21,8 @@ from .kernels import Blocks, buffer
 BLOCKS = (64, 48, 32, 16, 24, 8)
 FORMS = 4096
 """Shapes whose layouts are remembered."""
+ALIGNMENT = 4096
+"""Bytes: of weights in memory that they share."""
 _MKLDNN_LAYOUT = 3  # c10::Layout::Mkldnn
 
 
@@ -193,7 +195,12 @@ def scratch(form: Form) -> PackedWeight | None:
         weights.clear()
     elif len(weights) >= FORMS:
         weights.clear()
-    weight = weights[form] = None if layout is None else PackedWeight.over(_scratch.memory, form, layout)
+    weight = None
+    if layout is not None:
+        # Around the middle: the half that a thread writes then stays in the cache of its core, whatever the size.
+        start = (len(_scratch.memory) - layout.num_bytes) // 2 // ALIGNMENT * ALIGNMENT
+        weight = PackedWeight.over(_scratch.memory[start:], form, layout)
+    weights[form] = weight
     return weight
 
 
