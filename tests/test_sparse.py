@@ -242,7 +242,7 @@ def test_features_only() -> None:
 
 @torch.no_grad()
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepmoe_plugin.sparse.conv, 'gather_kernel', lambda dtype: None)
+    monkeypatch.setattr(deepmoe_plugin.sparse.conv, 'gather_kernel', lambda *_: None)
     model = network('bottleneck_a')
     assert_exact(with_gates(model, random_gates(model, 2, 0.4)), images(2, 40))
 

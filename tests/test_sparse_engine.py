@@ -307,16 +307,27 @@ def test_layers_with_nearly_all_experts_run_dense() -> None:
     assert not group.gates[1].any()
 
 
-def kernel_or_skip(dtype: torch.dtype) -> Any:
-    kernel = gather_kernel(dtype)
+def kernel_or_skip(dtype: torch.dtype, by_output: bool = False) -> Any:
+    kernel = gather_kernel(dtype, by_output)
     if kernel is None:
         pytest.skip('needs numba and the OpenMP library of GNU')
     return kernel
 
 
-def gathered(kernel: Any, stored: Tensor, inputs: np.ndarray, outputs: np.ndarray, factors: Tensor | None) -> None:
+def gathered(
+    kernel: Any,
+    stored: Tensor,
+    inputs: np.ndarray,
+    outputs: np.ndarray,
+    factors: Tensor | None,
+    by_output: bool = False,
+) -> None:
     """Compare the gather into blocks of several sizes, padded inputs included, with torch's indexing."""
     pair = 1 if stored.dtype == torch.float32 else 2
+    given = stored
+    if by_output:
+        rows = torch.cat([stored.permute(2, 0, 1), stored.new_zeros(1, *stored.shape[:2])])
+        given = rows[:-1]
     taps, bias = len(stored), torch.randn(stored.shape[2]).to(stored.dtype)
     kept = stored[:, torch.from_numpy(inputs)][:, :, torch.from_numpy(outputs)]
     if factors is not None:
@@ -329,7 +340,7 @@ def gathered(kernel: Any, stored: Tensor, inputs: np.ndarray, outputs: np.ndarra
         expected = expected.view(taps, pitch // pair, pair, count, block).permute(3, 0, 1, 4, 2)
         written = torch.full((expected.numel() + 1,), 7, dtype=stored.dtype)
         biases = torch.full((kept.shape[2] + 1,), 7, dtype=stored.dtype)
-        kernel(stored, bias, inputs, outputs, factors, written, biases, Blocks(block, pitch, pair))
+        kernel(given, bias, inputs, outputs, factors, written, biases, Blocks(block, pitch, pair))
         assert torch.equal(written[:-1], expected.flatten())
         assert torch.equal(biases[:-1], bias[outputs] if factors is None else (bias * factors)[outputs])
         assert biases[-1] == 7
@@ -360,13 +371,28 @@ def test_gather(channels: int, dtype: torch.dtype, compacts: bool, monkeypatch: 
             gathered(kernel, stored, inputs, outputs, torch.rand(channels))
 
 
-def test_gather_in_threads() -> None:
-    kernel = kernel_or_skip(torch.float32)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('channels', [1, 15, 64, 130])
+@pytest.mark.parametrize('num_inputs', [32, 96])
+def test_gather_of_all_inputs(num_inputs: int, channels: int, dtype: torch.dtype) -> None:
+    kernel = kernel_or_skip(dtype, by_output=True)
+    rng = np.random.default_rng(channels)
+    stored = random_weights(9, num_inputs, channels, dtype)
+    for count in {0, 1, channels // 2, channels}:
+        outputs = rng.permutation(channels) < count
+        factors = torch.rand(channels) if dtype == torch.float32 else None
+        gathered(kernel, stored, np.ones(num_inputs, dtype=bool), outputs, factors, by_output=True)
+
+
+@pytest.mark.parametrize('by_output', [False, True])
+def test_gather_in_threads(by_output: bool) -> None:
+    kernel = kernel_or_skip(torch.float32, by_output)
     stored = random_weights(9, 64, 64, torch.float32)
 
     def check(seed: int) -> None:
         rng = np.random.default_rng(seed)
-        gathered(kernel, stored, rng.permutation(64) < 40, rng.permutation(64) < 30, None)
+        inputs = rng.permutation(64) < (64 if by_output else 40)
+        gathered(kernel, stored, inputs, rng.permutation(64) < 30, None, by_output)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(check, range(200)))
@@ -413,14 +439,16 @@ def test_scratch_is_as_large_as_the_largest_weight(monkeypatch: pytest.MonkeyPat
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('reads_all', [False, True])
+@pytest.mark.parametrize('channels', [48, 64])
 @pytest.mark.parametrize('size', [5, 8, 20])
 @pytest.mark.parametrize('geometry', [(1, 1, 0, 1), (1, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2)])
-def test_one_convolution(geometry: tuple[int, int, int, int], size: int) -> None:
+def test_one_convolution(geometry: tuple[int, int, int, int], size: int, channels: int, reads_all: bool) -> None:
     kernel, stride, padding, dilation = geometry
-    conv = nn.Conv2d(48, 40, kernel, stride, padding, dilation)
-    sparse = GatherConv(conv, None, WeightCache(0))
-    x = torch.randn(2, 48, size, size)
-    chosen_in, chosen_out = np.arange(48) % 3 == 0, np.arange(40) % 5 < 2
+    conv = nn.Conv2d(channels, 40, kernel, stride, padding, dilation)
+    sparse = GatherConv(conv, None, WeightCache(0), reads_all)
+    x = torch.randn(2, channels, size, size)
+    chosen_in, chosen_out = np.arange(channels) % 3 == 0, np.arange(40) % 5 < 2
     for reads in (None, Kept(chosen_in, x.device)):
         for writes in (None, Kept(chosen_out, x.device)):
             masked = x if reads is None else x * torch.from_numpy(chosen_in)[:, None, None]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import packing, ragged
 from .fold import fold_norm
-from .kernels import LANES, buffer, gather_kernel
+from .kernels import LANES, WHOLE, Blocks, buffer, gather_kernel
 from .plan import Kept
 from .ragged import RaggedKept
 
@@ -62,19 +62,21 @@ class WeightCache:
 class GatherConv:
     """A convolution with its norm folded in that can leave out input and output channels.
 
-    Where the gather of `kernels` is available, the weight is stored as (T, I, O), T the positions of the kernel, and
-    what is kept is gathered into the layout that oneDNN computes with. Elsewhere it is stored as (O, T, I): what is
-    kept then comes out channels last.
+    Where the gather of `kernels` is available, what is kept of the weight is gathered into the layout that oneDNN
+    computes with. Weights are stored as (T, I, O), T the positions of the kernel, so that closed inputs are not read,
+    or, if all inputs are always there, as (O, T, I), so that closed outputs are not. Without that gather they are
+    stored as (O, T, I): what is kept then comes out channels last.
 
     Args:
         conv, norm: of the network; the norm may be None.
         cache: holds gathered weights.
+        reads_all: no input is ever left out.
 
     Raises:
         ValueError: the norm cannot be folded, or the convolution is of a kind that has no sparse form.
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, cache: WeightCache) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, cache: WeightCache, reads_all: bool = False) -> None:
         if conv.groups != 1 or conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
             raise ValueError(
                 f'Sparse execution supports convolutions with groups=1 and zero padding by numbers, got {conv}.'
@@ -85,13 +87,15 @@ class GatherConv:
         self.taps = kernel[0] * kernel[1]
         self.geometry = (tuple(conv.padding), tuple(conv.stride), tuple(conv.dilation))
         self.fused = packing.available(weight)
-        self.gather = gather_kernel(weight.dtype) if self.fused else None
-        if self.gather is not None:
-            # The gather reads whole vectors, at the end of the last row beyond the weights.
-            room = buffer(weight.numel() + LANES, weight.dtype)
-            self.stored = room[: weight.numel()].view(self.taps, self.in_channels, self.out_channels)
+        whole = reads_all and self.in_channels % WHOLE == 0
+        self.gather = gather_kernel(weight.dtype, whole) if self.fused else None
+        self.output_first = whole or self.gather is None
+        if self.output_first:
+            sizes, beyond = (self.out_channels, self.taps, self.in_channels), self.taps * self.in_channels
         else:
-            self.stored = weight.new_empty(self.out_channels, self.taps, self.in_channels)
+            sizes, beyond = (self.taps, self.in_channels, self.out_channels), LANES
+        room = buffer(weight.numel() + beyond, weight.dtype) if self.gather else weight.new_empty(weight.numel())
+        self.stored = room[: weight.numel()].view(sizes)
         self._as_kernel(self.stored).copy_(weight)
         self.bias = bias
         self.cache = cache
@@ -165,7 +169,7 @@ class GatherConv:
             weight, store = self.cache.get(key)
         if weight is None and self.gather is not None:
             packed = packing.allocate(form) if store else packing.scratch(form)
-            if packed is not None:
+            if packed is not None and self._gathers(num_inputs, packed.blocks):
                 foldable = gate is not None and relu and len(x) == 1 and gate.dtype == x.dtype == torch.float32
                 factors = gate.contiguous() if gate is not None and foldable and not store else None
                 inputs = self.all_inputs if reads is None else reads.chosen
@@ -182,9 +186,13 @@ class GatherConv:
         bias = self.bias if writes is None else self.bias.index_select(0, writes.index)
         return weight, bias, _chosen(gate, writes)
 
+    def _gathers(self, num_inputs: int, blocks: Blocks) -> bool:
+        """Whether the gather can write these blocks from weights in the order in which they are stored."""
+        return not self.output_first or num_inputs == blocks.inputs == self.in_channels
+
     def _selected(self, reads: Kept | None, writes: Kept | None) -> Tensor:
         """Compact weights (kept outputs, kept inputs, kernel height, kernel width), by torch's means."""
-        input_dim, output_dim = (2, 0) if self.gather is None else (1, 2)
+        input_dim, output_dim = (2, 0) if self.output_first else (1, 2)
         weight = self.stored
         if writes is not None:
             weight = weight.index_select(output_dim, writes.index)
@@ -194,7 +202,7 @@ class GatherConv:
 
     def _as_kernel(self, weight: Tensor) -> Tensor:
         """A view (outputs, inputs, kernel height, kernel width) of weights in the order in which they are stored."""
-        if self.gather is None:
+        if self.output_first:
             return weight.view(len(weight), *self.kernel, -1).permute(0, 3, 1, 2)
         return weight.view(*self.kernel, *weight.shape[1:]).permute(3, 2, 0, 1)
 
@@ -204,16 +212,16 @@ class GatherConv:
 
     def by_output(self) -> Tensor:
         """All weights, (O, T, I)."""
-        return self.stored if self.gather is None else self._other_order()
+        return self.stored if self.output_first else self._other_order()
 
     def by_input(self) -> Tensor:
         """All weights, (T, I, O)."""
-        return self._other_order() if self.gather is None else self.stored
+        return self._other_order() if self.output_first else self.stored
 
     def _other_order(self) -> Tensor:
         """A second copy of the weights, in the order in which they are not stored."""
         if self.other is None:
-            order = (1, 2, 0) if self.gather is None else (2, 0, 1)
+            order = (1, 2, 0) if self.output_first else (2, 0, 1)
             self.other = self.stored.permute(order).contiguous()
         return self.other
 

@@ -54,7 +54,7 @@ class SparseBlock(nn.Module):
         super().__init__()
         count = len(gated) + 1
         convs = [getattr(block, f'conv{i}') for i in range(1, count + 1)]
-        self.convs = [GatherConv(conv, getattr(block, f'bn{i}'), cache) for i, conv in enumerate(convs, 1)]
+        self.convs = [GatherConv(conv, getattr(block, f'bn{i}'), cache, i == 1) for i, conv in enumerate(convs, 1)]
         self.acts = [_activation(getattr(block, f'act{i}')) for i in range(1, count + 1)]
         self.blur = None if isinstance(block.aa, nn.Identity) else block.aa
         self.attention: nn.Module | None = block.se

@@ -3,7 +3,8 @@
 A convolution weight is stored as (kernel position, input, output). What is kept of it is written straight into the
 blocked layout that oneDNN computes with (`packing`): whole rows of closed inputs are never read, closed outputs are
 squeezed out of the rows that are. Kept channels come in ascending order, so squeezing is a stream compaction, one
-instruction for a vector of channels with AVX-512.
+instruction for a vector of channels with AVX-512. Of convolutions that read all inputs, weights are stored as (output,
+kernel position, input): rows of closed outputs are never read then, and those that are come out transposed.
 
 The work runs in the OpenMP pool that torch has started already: a second pool would fight it for the cores. Each thread
 writes a range of output blocks of its own, in the order in which oneDNN divides them among the same threads: cores that
@@ -28,12 +29,14 @@ LANES = 16
 """Channels that are squeezed at a time; a stored weight ends with as many unused elements."""
 STEP = 8
 """Channels that are copied at a time; blocks are multiples of it."""
+WHOLE = 2 * LANES
+"""Inputs that are transposed at a time, in 32 or 16 bits."""
 ROWS = 8
 """Rows that are squeezed before they are copied, so that neighbours in the blocked layout are written together."""
 SHARES = 4
 """Parts of the work of each thread: a thread that comes late leaves its parts to the others."""
 AHEAD = 8
-"""Rows between the one that is squeezed and the one that is fetched: memory answers late."""
+"""Rows between the one that is squeezed and the one that is fetched, or lines of those transposed."""
 COUNTER_PITCH = 8
 """Numbers between the counters of two threads: each has a cache line of its own."""
 HUGE_PAGE = 2 * 2**20
@@ -68,20 +71,23 @@ Gather = Callable[[Tensor, Tensor, np.ndarray, np.ndarray, Tensor | None, Tensor
 
 
 @functools.cache
-def gather_kernel(dtype: torch.dtype) -> Gather | None:
+def gather_kernel(dtype: torch.dtype, by_output: bool = False) -> Gather | None:
     """The gather for weights of this type, compiled on first use; None where it is not available.
 
     The kernel takes `(stored, bias, inputs, outputs, factors, kept_weight, kept_bias, blocks)`: `stored` (T, I, O)
     contiguous, with room to read `LANES` elements beyond its end, and `bias` (O,); which channels are kept, boolean,
     shapes (I,) and (O,), one input or more; a factor for each output, kept or not (float32, shape (O,), contiguous), or
     None, always None in 16 bits. It writes the kept weights in the layout `blocks`, and the kept biases, shape (k,).
+
+    `by_output`: `stored` is (O, T, I) contiguous, I a multiple of `WHOLE`, with a row of zeros beyond its end, and all
+    inputs are kept and none filled up. Of closed outputs nothing is read then.
     """
     pair = {torch.float32: 1, torch.bfloat16: 2}.get(dtype)
     openmp = _torch_openmp()
     if pair is None or openmp is None:
         return None
     try:
-        compiled = _compile(pair)
+        compiled = _compile(pair)[by_output]
     except ImportError:
         _logger.info('numba is not installed: sparse execution on the CPU gathers its weights more slowly.')
         return None
@@ -98,7 +104,7 @@ def gather_kernel(dtype: torch.dtype) -> Gather | None:
         kept_bias: Tensor,
         blocks: Blocks,
     ) -> None:
-        taps, in_channels, out_channels = stored.shape
+        taps, in_channels, out_channels = stored.permute(1, 2, 0).shape if by_output else stored.shape
         threads = torch.get_num_threads()
         # For each thread: squeezed rows, squeezed factors, and the kept channels of both sides.
         pitch = -(-(out_channels + blocks.outputs + LANES) // LANES) * LANES
@@ -230,20 +236,83 @@ def _compile(pair: int) -> Any:
 
         return types.void(types.int64, types.int64, types.uint16), codegen
 
+    def fetch(builder: Any, address: Any) -> None:
+        """Ask for a cache line, in the second-level cache: that one waits for more lines at a time."""
+        place = builder.inttoptr(address, ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        name = 'llvm.prefetch.p0'
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        builder.call(function, [place, number(0), number(2), number(1)])
+
     @intrinsic
     def prefetch(typingctx: Any, source: Any) -> Any:
-        """Ask for the cache line at `source`, in the second-level cache: that one waits for more lines at a time."""
+        """See `fetch`."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            place = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-            number = ir.IntType(32)
-            kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
-            name = 'llvm.prefetch.p0'
-            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-            builder.call(function, [place, number(0), number(2), number(1)])
+            fetch(builder, args[0])
             return context.get_dummy_value()
 
         return types.void(types.int64), codegen
+
+    @intrinsic
+    def transpose(
+        typingctx: Any, rows: Any, offset: Any, next_rows: Any, next_offset: Any, factors: Any, target: Any, pitch: Any
+    ) -> Any:
+        """Write `LANES` times 32 bits of each of `STEP` rows: column by column, `pitch` bytes apart.
+
+        `rows` and `next_rows` are addresses of addresses: of the rows, and of those to be fetched; `factors` those of
+        the rows, float32.
+        """
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            rows, offset, next_rows, next_offset, factors, target, pitch = args
+            address = ir.IntType(64)
+            unit = ir.FloatType() if pair == 1 else ir.IntType(32)
+            groups = []
+            for row in range(STEP):
+                entry = load(builder, builder.add(next_rows, address(8 * row)), address)
+                fetch(builder, builder.add(entry, next_offset))
+                entry = load(builder, builder.add(rows, address(8 * row)), address)
+                units = load(builder, builder.add(entry, offset), ir.VectorType(unit, LANES))
+                if pair == 1:
+                    factor = load(builder, builder.add(factors, address(4 * row)), unit)
+                    one = builder.insert_element(ir.Constant(units.type, ir.Undefined), factor, ir.IntType(32)(0))
+                    lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+                    units = builder.fmul(units, builder.shuffle_vector(one, one, lanes))
+                groups.append([units])
+            # Each group holds some rows, column by column; two groups make one of twice as many rows.
+            while len(groups) > 1:
+                width, columns = STEP // len(groups), LANES * len(groups) // STEP // 2
+                pairs = zip(groups[::2], groups[1::2], strict=True)
+                groups = [
+                    [
+                        merge(builder, *vectors, width, half * columns, columns)
+                        for vectors in zip(*both, strict=True)
+                        for half in (0, 1)
+                    ]
+                    for both in pairs
+                ]
+            for index, vector in enumerate(groups[0]):
+                for half in (0, 1):
+                    lanes = ir.Constant(
+                        ir.VectorType(ir.IntType(32), STEP), [half * STEP + lane for lane in range(STEP)]
+                    )
+                    place = builder.add(target, builder.mul(pitch, address(2 * index + half)))
+                    store(builder, builder.shuffle_vector(vector, vector, lanes), place)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    def merge(builder: Any, first: Any, second: Any, width: int, start: int, columns: int) -> Any:
+        """Columns of two groups of `width` rows, as columns of one group."""
+        order = [
+            side * LANES + column * width + row
+            for column in range(start, start + columns)
+            for side in (0, 1)
+            for row in range(width)
+        ]
+        return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(ir.IntType(32), LANES), order))
 
     @intrinsic
     def clear(typingctx: Any, target: Any) -> Any:
@@ -266,18 +335,14 @@ def _compile(pair: int) -> Any:
         return types.void(types.int64, types.int64), codegen
 
     @intrinsic
-    def copy(typingctx: Any, source: Any, pitch: Any, target: Any) -> Any:
-        """Write `STEP` outputs, those of a pair of rows `pitch` bytes apart interleaved."""
+    def copy_pair(typingctx: Any, first: Any, second: Any, target: Any) -> Any:
+        """Write `STEP` outputs of two rows, interleaved."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            first = load(builder, args[0], part)
-            if pair == 1:
-                store(builder, first, args[2])
-                return context.get_dummy_value()
-            second = load(builder, builder.add(args[0], args[1]), part)
+            rows = load(builder, args[0], part), load(builder, args[1], part)
             order = [lane + STEP * row for lane in range(STEP) for row in (0, 1)]
             indices = ir.Constant(ir.VectorType(ir.IntType(32), 2 * STEP), order)
-            store(builder, builder.shuffle_vector(first, second, indices), args[2])
+            store(builder, builder.shuffle_vector(*rows, indices), args[2])
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), codegen
@@ -303,8 +368,27 @@ def _compile(pair: int) -> Any:
             count += kept[channel]
         return count
 
+    @njit
+    def list_factors(factors: int, out_channels: int, out_rows: Any, kept_out: int, scales: Any) -> None:
+        """Write the factors of kept outputs to `scales`, 1 where there are none."""
+        scales[:] = 1
+        if factors:
+            full = carray(pointer(factors), (out_channels,), np.float32)
+            for k in range(kept_out):
+                scales[k] = full[out_rows[k]]
+
+    @njit
+    def scale_biases(bias: int, kept_bias: int, out_channels: int, out_rows: Any, kept_out: int, scales: Any) -> None:
+        """Write the biases of kept outputs, times their factors where weights are scaled."""
+        biases = carray(pointer(bias), (out_channels,), bias_type)
+        kept_biases = carray(pointer(kept_bias), (kept_out,), bias_type)
+        for k in range(kept_out):
+            kept_biases[k] = biases[out_rows[k]]
+            if pair == 1:
+                kept_biases[k] *= scales[k]
+
     @cfunc(types.void(types.voidptr))
-    def gather(data: Any) -> None:
+    def squeeze_rows(data: Any) -> None:
         args = carray(data, (18,), np.int64)
         stored, inputs, outputs, factors, target, bias, kept_bias, rooms = args[:8]
         taps, in_channels, out_channels, block, in_pitch, pitch, room, threads, thread_number, counters = args[8:]
@@ -318,6 +402,10 @@ def _compile(pair: int) -> Any:
         words = carray(pointer(scales + 4 * pitch + 8 * (in_channels + 2 * out_channels)), (out_words,), np.uint16)
         kept_in = list_kept(carray(pointer(inputs), (in_channels,), np.uint8), in_rows)
         kept_out = list_kept(carray(pointer(outputs), (out_channels,), np.uint8), out_rows)
+        factor_list = carray(pointer(scales), (pitch,), np.float32)
+        list_factors(factors, out_channels, out_rows, kept_out, factor_list)
+        if slot == 0:
+            scale_biases(bias, kept_bias, out_channels, out_rows, kept_out, factor_list)
         count = 0
         for word in range(out_words):
             starts[word] = count
@@ -328,19 +416,6 @@ def _compile(pair: int) -> Any:
             words[word] = bits
         batches = (kept_in + ROWS - 1) // ROWS
         blocks = (kept_out + block - 1) // block
-        if factors:
-            full = carray(pointer(factors), (out_channels,), np.float32)
-            squeezed_factors = carray(pointer(scales), (pitch,), np.float32)
-            squeezed_factors[:] = 0
-            for k in range(kept_out):
-                squeezed_factors[k] = full[out_rows[k]]
-        if slot == 0:
-            biases = carray(pointer(bias), (out_channels,), bias_type)
-            kept_biases = carray(pointer(kept_bias), (kept_out,), bias_type)
-            for k in range(kept_out):
-                kept_biases[k] = biases[out_rows[k]]
-                if pair == 1 and factors:
-                    kept_biases[k] *= squeezed_factors[k]
         items = taps * batches
         for turn in range(threads):
             owner = (slot + turn) % threads
@@ -378,14 +453,57 @@ def _compile(pair: int) -> Any:
                         for member in range(0, count, pair):
                             for k in range(0, block, STEP):
                                 taken = rows + (member * pitch + b * block + k) * size
-                                if pair == 1 and factors:
+                                if pair == 1:
                                     copy_scaled(taken, scales + (b * block + k) * 4, place + k * size)
                                 else:
-                                    copy(taken, pitch * size, place + k * pair * size)
+                                    copy_pair(taken, taken + pitch * size, place + k * pair * size)
                             place += pair * block * size
                         if first + count == kept_in:
                             for k in range(0, (in_pitch - kept_in) // pair * pair * block, STEP):
                                 clear(place + k * size)
                 share = take_ticket(counter)
 
-    return gather
+    @cfunc(types.void(types.voidptr))
+    def transpose_rows(data: Any) -> None:
+        args = carray(data, (18,), np.int64)
+        stored, _, outputs, factors, target, bias, kept_bias, rooms = args[:8]
+        taps, in_channels, out_channels, block, _, pitch, room, threads, thread_number, counters = args[8:]
+        slot = call(thread_number)
+        rows = rooms + slot * room
+        scales = rows + 8 * pitch
+        out_rows = carray(pointer(scales + 4 * pitch), (out_channels,), np.int64)
+        kept_out = list_kept(carray(pointer(outputs), (out_channels,), np.uint8), out_rows)
+        factor_list = carray(pointer(scales), (pitch,), np.float32)
+        list_factors(factors, out_channels, out_rows, kept_out, factor_list)
+        if slot == 0:
+            scale_biases(bias, kept_bias, out_channels, out_rows, kept_out, factor_list)
+        blocks = (kept_out + block - 1) // block
+        addresses = carray(pointer(rows), (blocks * block,), np.int64)
+        for k in range(blocks * block):
+            row = out_rows[k] if k < kept_out else out_channels
+            addresses[k] = stored + row * taps * in_channels * size
+        line = LANES * pair * size
+        lines = taps * in_channels * size // line
+        for turn in range(threads):
+            owner = (slot + turn) % threads
+            start, stop = blocks * owner // threads * lines, blocks * (owner + 1) // threads * lines
+            counter = counters + owner * COUNTER_PITCH * 8
+            share = take_ticket(counter)
+            while share < SHARES:
+                for item in range(
+                    start + (stop - start) * share // SHARES, start + (stop - start) * (share + 1) // SHARES
+                ):
+                    following = min(item + AHEAD, blocks * lines - 1)
+                    for k in range(0, block, STEP):
+                        transpose(
+                            rows + (item // lines * block + k) * 8,
+                            item % lines * line,
+                            rows + (following // lines * block + k) * 8,
+                            following % lines * line,
+                            scales + (item // lines * block + k) * 4,
+                            target + (item * LANES * block + k) * pair * size,
+                            block * pair * size,
+                        )
+                share = take_ticket(counter)
+
+    return squeeze_rows, transpose_rows
