@@ -68,16 +68,16 @@ def fingerprint(module: nn.Module) -> Callable[[], bool]:
     held = [(part.__dict__[kind], key) for part in module.modules() for kind in kinds for key in part.__dict__[kind]]
     holders, keys = [holder for holder, _ in held], [key for _, key in held]
     values = list(map(dict.get, holders, keys))
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    counted = [tensor for tensor in tensors if not tensor.is_inference()]
+    counted = [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
+    moved = [value for value in values if isinstance(value, nn.Parameter)]  # by `.to`, which leaves the object
     version = operator.attrgetter('_version')
-    versions, pointers = list(map(version, counted)), list(map(Tensor.data_ptr, tensors))
+    versions, pointers = list(map(version, counted)), list(map(Tensor.data_ptr, moved))
 
     def unchanged() -> bool:  # asked for every batch: loops in C
         return (
             all(map(operator.is_, map(dict.get, holders, keys), values))
             and list(map(version, counted)) == versions
-            and list(map(Tensor.data_ptr, tensors)) == pointers
+            and list(map(Tensor.data_ptr, moved)) == pointers
         )
 
     return unchanged

@@ -1,6 +1,7 @@
 """What to compute for which images: kept experts of each layer, and images that share compact weights."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -103,7 +104,8 @@ class Segment:
         self.first = first
         self.widths = list(widths)
         self.readers = list(readers)
-        self.steps = [max(16, 2 ** round(math.log2(width / 32))) for width in widths]
+        self._widths = np.array(self.widths, dtype=np.int64)
+        self._steps = np.array([max(16, 2 ** round(math.log2(width / 32))) for width in widths], dtype=np.int64)
         self.limits = [0.8] * len(self.widths)
         """Largest fraction of kept experts for which a layer runs on compact weights."""
         self.ragged_limit = 0.8
@@ -116,8 +118,7 @@ class Segment:
 
     def rounded(self, counts: np.ndarray) -> np.ndarray:
         """Experts to compute in each layer when `counts`, (..., layers), are kept: repeated shapes reuse kernels."""
-        steps = np.array(self.steps)
-        return np.minimum(self.widths, np.maximum(steps, -(-counts // steps) * steps))
+        return np.minimum(self._widths, np.maximum(self._steps, -(-counts // self._steps) * self._steps))
 
     def cost(self, counts: np.ndarray, images: np.ndarray | int, positions: int) -> np.ndarray:
         """Multiply-accumulates, gathering included, of groups that compute `counts` experts of each layer.
@@ -127,8 +128,8 @@ class Segment:
             images: number of images of each group.
             positions: of the segment's input.
         """
-        computed, widths = self.rounded(counts), np.array(self.widths)
-        fractions = np.where(computed > np.array(self.limits) * widths, 1, computed / widths)
+        computed = self.rounded(counts)
+        fractions = np.where(computed > np.array(self.limits) * self._widths, 1, computed / self._widths)
         total = np.zeros(len(counts))
         for reader in self.readers:
             part = np.ones(len(counts))
@@ -158,8 +159,10 @@ class Plan:
         self.kept: list[np.ndarray] = []
         if gates and self.ragged is None:
             kept = (torch.cat(list(gates), 1) > 0).cpu().numpy()
-            widths = np.cumsum([gate.shape[1] for gate in gates])
-            self.kept = [np.ascontiguousarray(part) for part in np.split(kept, widths[:-1], axis=1)]
+            ends = itertools.accumulate(gate.shape[1] for gate in gates)
+            self.kept = [
+                np.ascontiguousarray(kept[:, end - gate.shape[1] : end]) for gate, end in zip(gates, ends, strict=True)
+            ]
         self._ready: dict[int, Group] = {}
         if gates and len(gates[0]) == 1:
             gated = [segment for segment in segments if segment.widths]
@@ -188,10 +191,11 @@ class Plan:
             masks = self.kept[segment.layers]
             unions = [np.asarray(mask[images[0]] if len(images) == 1 else mask[images].any(0)) for mask in masks]
         gates = self.gates[segment.layers]
-        counts = segment.rounded(np.array([np.count_nonzero(union) for union in unions])).tolist()
+        kept_counts = [int(np.count_nonzero(union)) for union in unions]
+        counts = segment.rounded(np.array(kept_counts)).tolist()
         choices = [
             _choice(segment, layer, *choice, gates[0].device)
-            for layer, choice in enumerate(zip(unions, counts, strict=True))
+            for layer, choice in enumerate(zip(unions, kept_counts, counts, strict=True))
         ]
         return _Draft(images, choices, gates)
 
@@ -253,8 +257,10 @@ def _any_pair_pays(
     return bool((segment.cost(unions, 2, positions) <= alone[first] + alone[second]).any())
 
 
-def _choice(segment: Segment, layer: int, union: np.ndarray, count: int, device: torch.device) -> Kept | None:
-    kept_count = int(np.count_nonzero(union))
+def _choice(
+    segment: Segment, layer: int, union: np.ndarray, kept_count: int, count: int, device: torch.device
+) -> Kept | None:
+    """What a layer computes if its images keep `kept_count` experts: `count`, or all."""
     if count > segment.limits[layer] * segment.widths[layer]:
         return None
     if count > kept_count:
@@ -268,7 +274,7 @@ def _groups(drafts: Sequence[_Draft]) -> list[Group]:
     """Bring groups to the device in one transfer."""
     if not drafts:
         return []
-    device = drafts[0].gates[0].device
+    batch, device = drafts[0].gates[0].shape[0], drafts[0].gates[0].device
     arrays = [np.array(draft.images) for draft in drafts]
     chosen = [kept for draft in drafts for kept in draft.kept if kept is not None and device.type != 'cpu']
     indices = _sent(arrays + [kept.rows for kept in chosen], device)
@@ -278,7 +284,7 @@ def _groups(drafts: Sequence[_Draft]) -> list[Group]:
     for draft, images in zip(drafts, indices, strict=False):
         first, count = draft.images[0], len(draft.images)
         gates = [
-            gate if count == len(gate) else gate[first : first + 1] if count == 1 else gate.index_select(0, images)
+            gate if count == batch else gate[first : first + 1] if count == 1 else gate.index_select(0, images)
             for gate in draft.gates
         ]
         groups.append(Group(draft.images, images, [*draft.kept], gates))
