@@ -340,7 +340,8 @@ def gathered(
         expected = expected.view(taps, pitch // pair, pair, count, block).permute(3, 0, 1, 4, 2)
         written = torch.full((expected.numel() + 1,), 7, dtype=stored.dtype)
         biases = torch.full((kept.shape[2] + 1,), 7, dtype=stored.dtype)
-        kernel(given, bias, inputs, outputs, factors, written, biases, Blocks(block, pitch, pair))
+        masks = torch.from_numpy(inputs), torch.from_numpy(outputs)
+        kernel(given, bias, *masks, factors, written, biases, Blocks(block, pitch, pair))
         assert torch.equal(written[:-1], expected.flatten())
         assert torch.equal(biases[:-1], bias[outputs] if factors is None else (bias * factors)[outputs])
         assert biases[-1] == 7

@@ -4,7 +4,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,8 +98,8 @@ class GatherConv:
         self._as_kernel(self.stored).copy_(weight)
         self.bias = bias
         self.cache = cache
-        self.all_inputs = np.ones(self.in_channels, dtype=bool)
-        self.all_outputs = np.ones(self.out_channels, dtype=bool)
+        self.all_inputs = torch.ones(self.in_channels, dtype=torch.bool)
+        self.all_outputs = torch.ones(self.out_channels, dtype=torch.bool)
         self.dense: tuple[packing.Form, Tensor] | None = None
         self.other: Tensor | None = None
 
@@ -172,8 +171,8 @@ class GatherConv:
             if packed is not None and self._gathers(num_inputs, packed.blocks):
                 foldable = gate is not None and relu and len(x) == 1 and gate.dtype == x.dtype == torch.float32
                 factors = gate.contiguous() if gate is not None and foldable and not store else None
-                inputs = self.all_inputs if reads is None else reads.chosen
-                outputs = self.all_outputs if writes is None else writes.chosen
+                inputs = self.all_inputs if reads is None else reads.mask
+                outputs = self.all_outputs if writes is None else writes.mask
                 bias = x.new_empty(num_outputs)
                 self.gather(self.stored, self.bias, inputs, outputs, factors, packed.memory, bias, packed.blocks)
                 if store:

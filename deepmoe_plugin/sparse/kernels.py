@@ -37,6 +37,8 @@ SHARES = 4
 """Parts of the work of each thread: a thread that comes late leaves its parts to the others."""
 AHEAD = 8
 """Rows between the one that is squeezed and the one that is fetched, or lines of those transposed."""
+NUM_ARGS = 18
+"""Numbers that a kernel is called with; behind them are the counters of the threads."""
 COUNTER_PITCH = 8
 """Numbers between the counters of two threads: each has a cache line of its own."""
 HUGE_PAGE = 2 * 2**20
@@ -67,7 +69,7 @@ def buffer(numel: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype)
 
 
-Gather = Callable[[Tensor, Tensor, np.ndarray, np.ndarray, Tensor | None, Tensor, Tensor, Blocks], None]
+Gather = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor, Blocks], None]
 
 
 @functools.cache
@@ -92,13 +94,13 @@ def gather_kernel(dtype: torch.dtype, by_output: bool = False) -> Gather | None:
         _logger.info('numba is not installed: sparse execution on the CPU gathers its weights more slowly.')
         return None
     entry, run = compiled.address, compiled.ctypes
-    thread_number = ctypes.cast(openmp.omp_get_thread_num, ctypes.c_void_p).value
+    thread_number: Any = ctypes.cast(openmp.omp_get_thread_num, ctypes.c_void_p).value
 
     def gather(
         stored: Tensor,
         bias: Tensor,
-        inputs: np.ndarray,
-        outputs: np.ndarray,
+        inputs: Tensor,
+        outputs: Tensor,
         factors: Tensor | None,
         kept_weight: Tensor,
         kept_bias: Tensor,
@@ -110,32 +112,28 @@ def gather_kernel(dtype: torch.dtype, by_output: bool = False) -> Gather | None:
         pitch = -(-(out_channels + blocks.outputs + LANES) // LANES) * LANES
         room = ROWS * pitch * stored.element_size() + 4 * pitch + 8 * (in_channels + 3 * out_channels)
         room = -(-room // 64) * 64
-        rooms = np.empty(threads * room, dtype=np.uint8)
-        counters = np.zeros(threads * COUNTER_PITCH, dtype=np.int64)
-        args = np.array(
-            (
-                stored.data_ptr(),
-                inputs.ctypes.data,
-                outputs.ctypes.data,
-                0 if factors is None else factors.data_ptr(),
-                kept_weight.data_ptr(),
-                bias.data_ptr(),
-                kept_bias.data_ptr(),
-                rooms.ctypes.data,
-                taps,
-                in_channels,
-                out_channels,
-                blocks.outputs,
-                blocks.inputs,
-                pitch,
-                room,
-                threads,
-                thread_number,
-                counters.ctypes.data,
-            ),
-            dtype=np.int64,
+        rooms = torch.empty(threads * room, dtype=torch.uint8)
+        args = (ctypes.c_int64 * (NUM_ARGS + threads * COUNTER_PITCH))(
+            stored.data_ptr(),
+            inputs.data_ptr(),
+            outputs.data_ptr(),
+            0 if factors is None else factors.data_ptr(),
+            kept_weight.data_ptr(),
+            bias.data_ptr(),
+            kept_bias.data_ptr(),
+            rooms.data_ptr(),
+            taps,
+            in_channels,
+            out_channels,
+            blocks.outputs,
+            blocks.inputs,
+            pitch,
+            room,
+            threads,
+            thread_number,
         )
-        address = args.ctypes.data
+        address = ctypes.addressof(args)
+        args[NUM_ARGS - 1] = address + NUM_ARGS * 8
         if threads == 1:
             run(address)
         else:
@@ -389,7 +387,7 @@ def _compile(pair: int) -> Any:
 
     @cfunc(types.void(types.voidptr))
     def squeeze_rows(data: Any) -> None:
-        args = carray(data, (18,), np.int64)
+        args = carray(data, (NUM_ARGS,), np.int64)
         stored, inputs, outputs, factors, target, bias, kept_bias, rooms = args[:8]
         taps, in_channels, out_channels, block, in_pitch, pitch, room, threads, thread_number, counters = args[8:]
         slot = call(thread_number)
@@ -465,7 +463,7 @@ def _compile(pair: int) -> Any:
 
     @cfunc(types.void(types.voidptr))
     def transpose_rows(data: Any) -> None:
-        args = carray(data, (18,), np.int64)
+        args = carray(data, (NUM_ARGS,), np.int64)
         stored, _, outputs, factors, target, bias, kept_bias, rooms = args[:8]
         taps, in_channels, out_channels, block, _, pitch, room, threads, thread_number, counters = args[8:]
         slot = call(thread_number)

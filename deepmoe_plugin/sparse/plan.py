@@ -35,6 +35,11 @@ class Kept:
         self.count = int(np.count_nonzero(chosen))
 
     @functools.cached_property
+    def mask(self) -> Tensor:
+        """`chosen` as a tensor, on the host."""
+        return torch.from_numpy(self.chosen)
+
+    @functools.cached_property
     def rows(self) -> np.ndarray:
         """Indices of the chosen experts, int64, shape (k,)."""
         return np.flatnonzero(self.chosen)
