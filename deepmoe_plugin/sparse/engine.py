@@ -83,9 +83,22 @@ class SparseBlock(nn.Module):
         else:
             stream = x.clone() if self.keeps_input else x
         groups = plan.groups(self.segment, x.shape[2] * x.shape[3])
-        parts = [group.part for group in groups]
-        # Convolution by convolution, so that groups in turn find the weights in the cache.
-        inputs = [x[part] for part in parts]
+        if len(groups) == 1:
+            return self._run(x, groups, stream)[0]
+        # Convolution by convolution, so that groups in turn find the weights in the cache, or group by group, so that
+        # convolutions in turn find the activations there: whichever is larger.
+        weights = sum(reader.weights for reader in self.segment.readers)
+        batches = [groups] if weights > x.numel() else [[group] for group in groups]
+        for batch in batches:
+            for group, result in zip(batch, self._run(x, batch, stream), strict=True):
+                part = group.part
+                if not isinstance(part, slice) or result.data_ptr() != stream[part].data_ptr():
+                    stream[part] = result
+        return stream
+
+    def _run(self, x: Tensor, groups: Sequence[Group], stream: Tensor) -> list[Tensor]:
+        """The next residual stream of each group, computed convolution by convolution."""
+        inputs = [x[group.part] for group in groups]
         for i, (conv, act) in enumerate(zip(self.convs[:-1], self.acts, strict=False)):
             inputs = [
                 _layer(conv, act, part, group, self.reads[i], self.writes[i])
@@ -93,13 +106,7 @@ class SparseBlock(nn.Module):
             ]
             if self.blur is not None and i == len(self.convs) - 2:
                 inputs = [self.blur(part) for part in inputs]
-        for part, group, inner in zip(parts, groups, inputs, strict=True):
-            result = self._close(inner, group, stream[part])
-            if len(groups) == 1:
-                return result
-            if not isinstance(part, slice) or result.data_ptr() != stream[part].data_ptr():
-                stream[part] = result
-        return stream
+        return [self._close(inner, group, stream[group.part]) for inner, group in zip(inputs, groups, strict=True)]
 
     def _close(self, x: Tensor, group: Group, stream: Tensor) -> Tensor:
         """The last convolution, added to the residual stream."""
