@@ -106,7 +106,10 @@ def gather_kernel(dtype: torch.dtype, by_output: bool = False) -> Gather | None:
         kept_bias: Tensor,
         blocks: Blocks,
     ) -> None:
-        taps, in_channels, out_channels = stored.permute(1, 2, 0).shape if by_output else stored.shape
+        if by_output:
+            out_channels, taps, in_channels = stored.shape
+        else:
+            taps, in_channels, out_channels = stored.shape
         threads = torch.get_num_threads()
         # For each thread: squeezed rows, squeezed factors, and the kept channels of both sides.
         pitch = -(-(out_channels + blocks.outputs + LANES) // LANES) * LANES

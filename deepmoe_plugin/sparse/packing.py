@@ -54,7 +54,7 @@ class Form(NamedTuple):
 
     def pack(self, weight: Tensor) -> Tensor:
         """Weights (outputs, inputs, kernel height, kernel width) in oneDNN's layout, opaque to torch."""
-        padding, stride, dilation = map(list, self.geometry)
+        padding, stride, dilation = self.geometry
         return torch.ops.mkldnn._reorder_convolution_weight(
             weight, padding, stride, dilation, 1, list(self.input_shape)
         )
@@ -213,7 +213,7 @@ def convolve(
     add_to: Tensor | None = None,
 ) -> Tensor:
     """Convolution, sum and ReLU in one pass; `weight` plain or opaque, `add_to` is overwritten."""
-    padding, stride, dilation = map(list, geometry)
+    padding, stride, dilation = geometry
     if add_to is None:
         unary = 'relu' if relu else 'none'
         return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, 1, unary, [], '')
