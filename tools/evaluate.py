@@ -131,8 +131,8 @@ def summarise(result: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
         experts = {'kept_experts': spread(result.experts[chosen])} if result.widths else {}
         return {
             'images': int(chosen.sum()),
-            'top1': 100 * hits[chosen].double().mean().item(),
-            'top5': 100 * result.in_top5[chosen].double().mean().item(),
+            'top1': hits[chosen].double().mul(100).mean().item(),
+            'top5': result.in_top5[chosen].double().mul(100).mean().item(),
             'gmacs': spread(result.macs.total[chosen] / 1e9),
             **experts,
         }
