@@ -110,7 +110,7 @@ class Segment:
         self.widths = list(widths)
         self.readers = list(readers)
         self._widths = np.array(self.widths, dtype=np.int64)
-        self._steps = np.array([max(16, 2 ** round(math.log2(width / 32))) for width in widths], dtype=np.int64)
+        self.steps = np.array([max(16, 2 ** round(math.log2(width / 32))) for width in widths], dtype=np.int64)
         self.limits = [0.8] * len(self.widths)
         """Largest fraction of kept experts for which a layer runs on compact weights."""
         self.ragged_limit = 0.8
@@ -123,7 +123,7 @@ class Segment:
 
     def rounded(self, counts: np.ndarray) -> np.ndarray:
         """Experts to compute in each layer when `counts`, (..., layers), are kept: repeated shapes reuse kernels."""
-        return np.minimum(self._widths, np.maximum(self._steps, -(-counts // self._steps) * self._steps))
+        return np.minimum(self._widths, np.maximum(self.steps, -(-counts // self.steps) * self.steps))
 
     def cost(self, counts: np.ndarray, images: np.ndarray | int, positions: int) -> np.ndarray:
         """Multiply-accumulates, gathering included, of groups that compute `counts` experts of each layer.
