@@ -20,6 +20,7 @@ from deepmoe_plugin.sparse import SparseNetwork, kernels, packing
 from deepmoe_plugin.sparse.calibrate import FRACTIONS, _is_faster
 from deepmoe_plugin.sparse.conv import GatherConv, WeightCache
 from deepmoe_plugin.sparse.engine import segments
+from deepmoe_plugin.sparse.fold import fingerprint
 from deepmoe_plugin.sparse.kernels import LANES, Blocks, gather_kernel
 from deepmoe_plugin.sparse.plan import Kept, Plan, Reader, Segment
 
@@ -305,6 +306,15 @@ def test_layers_with_nearly_all_experts_run_dense() -> None:
     assert group.kept[1] is not None
     assert len(group.kept[1]) == 16
     assert not group.gates[1].any()
+
+
+def test_moved_parameters_are_noticed() -> None:
+    """Without buffers, which `.to` replaces, only the parameters' memory tells."""
+    conv = nn.Conv2d(2, 2, 1)
+    unchanged = fingerprint(conv)
+    assert unchanged()
+    conv.double()
+    assert not unchanged()
 
 
 def kernel_or_skip(dtype: torch.dtype, by_output: bool = False) -> Any:
