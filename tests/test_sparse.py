@@ -1,6 +1,7 @@
 """Sparse execution computes what the masked network computes, whatever the gates (invariant 1)."""
 
 import copy
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import deepmoe_plugin
 from deepmoe_plugin.experts import expert_widths
-from deepmoe_plugin.sparse import SparseNetwork
+from deepmoe_plugin.sparse import SparseNetwork, native, tiles
 from deepmoe_plugin.sparse.engine import segments
 
 # Wide enough for layers to run on compact weights.
@@ -242,9 +243,14 @@ def test_features_only() -> None:
 
 @torch.no_grad()
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deepmoe_plugin.sparse.conv, 'gather_kernel', lambda *_: None)
+    monkeypatch.setitem(sys.modules, 'llvmlite.binding', None)
+    monkeypatch.setattr(tiles, 'features', native.features.__wrapped__)
+    monkeypatch.setattr(tiles, 'available', tiles.available.__wrapped__)
+    assert not tiles.available(torch.float32)
     model = network('bottleneck_a')
-    assert_exact(with_gates(model, random_gates(model, 2, 0.4)), images(2, 40))
+    sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 2, 0.4)))
+    for _ in range(3):  # the third time from the cache
+        assert_exact(model, images(2, 40), sparse)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What surrounds sparse execution: stale weights, modes, the cache, grouping, the gather kernel."""
+"""What surrounds sparse execution: stale weights, modes, the cache, grouping."""
 
 import gc
 import resource
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -16,13 +15,12 @@ from test_sparse import STRUCTURES, assert_exact, network, random_gates, relativ
 from torch import Tensor, nn
 
 import deepmoe_plugin
-from deepmoe_plugin.sparse import SparseNetwork, kernels, packing
+from deepmoe_plugin.sparse import SparseNetwork
 from deepmoe_plugin.sparse.calibrate import FRACTIONS, _is_faster
-from deepmoe_plugin.sparse.conv import GatherConv, WeightCache
+from deepmoe_plugin.sparse.conv import WeightCache
 from deepmoe_plugin.sparse.engine import segments
 from deepmoe_plugin.sparse.fold import fingerprint
-from deepmoe_plugin.sparse.kernels import LANES, Blocks, gather_kernel
-from deepmoe_plugin.sparse.plan import Kept, Plan, Reader, Segment
+from deepmoe_plugin.sparse.plan import Plan, Reader, Segment
 
 
 @torch.no_grad()
@@ -187,7 +185,7 @@ def test_cache_serves_repeated_gates_and_stays_bounded(cache_mb: float) -> None:
     for _ in range(3):
         assert_exact(model, x, sparse)
     assert 0 < cache.size <= cache_mb * 2**20
-    assert cache.size == sum(memory.nbytes for _, memory in cache._weights.values())
+    assert cache.size == sum(weight.nbytes for weight in cache._weights.values())
     for seed in range(20):
         model.gating.gates = random_gates(model, 1, 0.3, seed % 4, scale=1 + seed)
         assert_exact(model, x, sparse)
@@ -198,12 +196,12 @@ def test_cache_admits_at_the_second_request() -> None:
     cache = WeightCache(100)
     assert cache.get(('a',)) == (None, False)
     assert cache.get(('a',)) == (None, True)
-    cache.put(('a',), torch.zeros(10), torch.zeros(10))
-    cache.put(('b',), torch.zeros(10), torch.zeros(10))
+    cache.put(('a',), torch.zeros(10))
+    cache.put(('b',), torch.zeros(10))
     assert cache.get(('a',))[0] is not None
-    cache.put(('c',), torch.zeros(10), torch.zeros(10))
+    cache.put(('c',), torch.zeros(10))
     assert cache.get(('b',))[0] is None
-    cache.put(('d',), torch.zeros(1000), torch.zeros(1000))
+    cache.put(('d',), torch.zeros(1000))
     assert cache.size == 80
 
 
@@ -315,163 +313,3 @@ def test_moved_parameters_are_noticed() -> None:
     assert unchanged()
     conv.double()
     assert not unchanged()
-
-
-def kernel_or_skip(dtype: torch.dtype, by_output: bool = False) -> Any:
-    kernel = gather_kernel(dtype, by_output)
-    if kernel is None:
-        pytest.skip('needs numba and the OpenMP library of GNU')
-    return kernel
-
-
-def gathered(
-    kernel: Any,
-    stored: Tensor,
-    inputs: np.ndarray,
-    outputs: np.ndarray,
-    factors: Tensor | None,
-    by_output: bool = False,
-) -> None:
-    """Compare the gather into blocks of several sizes, padded inputs included, with torch's indexing."""
-    pair = 1 if stored.dtype == torch.float32 else 2
-    given = stored
-    if by_output:
-        rows = torch.cat([stored.permute(2, 0, 1), stored.new_zeros(1, *stored.shape[:2])])
-        given = rows[:-1]
-    taps, bias = len(stored), torch.randn(stored.shape[2]).to(stored.dtype)
-    kept = stored[:, torch.from_numpy(inputs)][:, :, torch.from_numpy(outputs)]
-    if factors is not None:
-        kept = kept * factors[torch.from_numpy(outputs)]
-    for block in (8, 24, 64):
-        count = -(-kept.shape[2] // block)
-        pitch = -(-kept.shape[1] // 4) * 4
-        expected = stored.new_zeros(taps, pitch, count * block)
-        expected[:, : kept.shape[1], : kept.shape[2]] = kept
-        expected = expected.view(taps, pitch // pair, pair, count, block).permute(3, 0, 1, 4, 2)
-        written = torch.full((expected.numel() + 1,), 7, dtype=stored.dtype)
-        biases = torch.full((kept.shape[2] + 1,), 7, dtype=stored.dtype)
-        masks = torch.from_numpy(inputs), torch.from_numpy(outputs)
-        kernel(given, bias, *masks, factors, written, biases, Blocks(block, pitch, pair))
-        assert torch.equal(written[:-1], expected.flatten())
-        assert torch.equal(biases[:-1], bias[outputs] if factors is None else (bias * factors)[outputs])
-        assert biases[-1] == 7
-        assert written[-1] == 7
-
-
-def random_weights(taps: int, inputs: int, outputs: int, dtype: torch.dtype) -> Tensor:
-    buffer = torch.randn(taps * inputs * outputs + LANES).to(dtype)
-    return buffer[:-LANES].view(taps, inputs, outputs)
-
-
-@pytest.mark.parametrize('compacts', [True, False], ids=['vectors', 'one by one'])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('channels', [1, 15, 16, 33, 128])
-def test_gather(channels: int, dtype: torch.dtype, compacts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel_or_skip(dtype)
-    if compacts and not kernels._has_compaction(1 if dtype == torch.float32 else 2):
-        pytest.skip('needs AVX-512')
-    monkeypatch.setattr(kernels, '_has_compaction', lambda pair: compacts)
-    kernel = gather_kernel.__wrapped__(dtype)
-    rng = np.random.default_rng(channels)
-    stored = random_weights(9, 20, channels, dtype)
-    for count in {0, 1, channels // 2, channels}:
-        outputs = rng.permutation(channels) < count
-        inputs = rng.permutation(20) < rng.integers(1, 21)
-        gathered(kernel, stored, inputs, outputs, None)
-        if dtype == torch.float32:
-            gathered(kernel, stored, inputs, outputs, torch.rand(channels))
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('channels', [1, 15, 64, 130])
-@pytest.mark.parametrize('num_inputs', [32, 96])
-def test_gather_of_all_inputs(num_inputs: int, channels: int, dtype: torch.dtype) -> None:
-    kernel = kernel_or_skip(dtype, by_output=True)
-    rng = np.random.default_rng(channels)
-    stored = random_weights(9, num_inputs, channels, dtype)
-    for count in {0, 1, channels // 2, channels}:
-        outputs = rng.permutation(channels) < count
-        factors = torch.rand(channels) if dtype == torch.float32 else None
-        gathered(kernel, stored, np.ones(num_inputs, dtype=bool), outputs, factors, by_output=True)
-
-
-@pytest.mark.parametrize('by_output', [False, True])
-def test_gather_in_threads(by_output: bool) -> None:
-    kernel = kernel_or_skip(torch.float32, by_output)
-    stored = random_weights(9, 64, 64, torch.float32)
-
-    def check(seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        inputs = rng.permutation(64) < (64 if by_output else 40)
-        gathered(kernel, stored, inputs, rng.permutation(64) < 30, None, by_output)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(check, range(200)))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_layout_of_packed_weights_is_found(dtype: torch.dtype) -> None:
-    """Where this fails, sparse execution is right but slow: oneDNN rearranges the weights of every image."""
-    if not packing.available(torch.empty(0, dtype=dtype)):
-        pytest.skip('needs oneDNN')
-    kernel_or_skip(dtype)
-    if torch.backends.cpu.get_cpu_capability() != 'AVX512':
-        pytest.skip('known layouts are those of processors with AVX-512')
-    geometry = ((1, 1), (1, 1), (1, 1))
-    for sizes in ((64, 32, 3, 3), (40, 51, 3, 3), (272, 144, 3, 3)):
-        form = packing.Form(sizes, geometry, (1, sizes[1], 14, 14), dtype, torch.get_num_threads())
-        assert packing.layout_of(form) is not None
-
-
-@torch.no_grad()
-def test_unknown_layouts_run_on_plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, 'layout_of', lambda form: None)
-    monkeypatch.setattr(packing, '_scratch', packing._Scratch())
-    model = network('bottleneck_a')
-    sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 2, 0.4)))
-    for _ in range(3):
-        assert_exact(model, images(2, 40), sparse)
-
-
-@torch.no_grad()
-def test_scratch_is_as_large_as_the_largest_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel_or_skip(torch.float32)
-    monkeypatch.setattr(packing, '_scratch', packing._Scratch())
-    monkeypatch.setattr(packing, 'FORMS', 8)
-    model = network('bottleneck_a')
-    sparse = deepmoe_plugin.sparsify(model, cache_mb=0)
-    for seed in range(10):
-        with_gates(model, random_gates(model, 1, 0.2 + 0.06 * seed, seed))
-        assert_exact(model, images(1, 40), sparse)
-        assert len(packing._scratch.weights) <= 8
-    largest = max(conv.stored.nbytes for block in sparse.view().modules() for conv in getattr(block, 'convs', ()))
-    assert 0 < packing._scratch.memory.nbytes <= largest
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('reads_all', [False, True])
-@pytest.mark.parametrize('channels', [48, 64])
-@pytest.mark.parametrize('size', [5, 8, 20])
-@pytest.mark.parametrize('geometry', [(1, 1, 0, 1), (1, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2)])
-def test_one_convolution(geometry: tuple[int, int, int, int], size: int, channels: int, reads_all: bool) -> None:
-    kernel, stride, padding, dilation = geometry
-    conv = nn.Conv2d(channels, 40, kernel, stride, padding, dilation)
-    sparse = GatherConv(conv, None, WeightCache(0), reads_all)
-    x = torch.randn(2, channels, size, size)
-    chosen_in, chosen_out = np.arange(channels) % 3 == 0, np.arange(40) % 5 < 2
-    for reads in (None, Kept(chosen_in, x.device)):
-        for writes in (None, Kept(chosen_out, x.device)):
-            masked = x if reads is None else x * torch.from_numpy(chosen_in)[:, None, None]
-            kept = slice(None) if writes is None else chosen_out
-            expected = conv(masked)[:, kept]
-            given = x if reads is None else x[:, chosen_in]
-            gate = torch.rand(2, 40)
-            assert relative_error(sparse(given, reads, writes), expected) < 1e-5
-            for batch in (1, 2):  # of one image, the gate may be multiplied into the weights
-                result = sparse(given[:batch], reads, writes, gate[:batch], relu=True)
-                reference = expected[:batch].relu() * gate[:batch, kept, None, None]
-                assert relative_error(result, reference) < 1e-5
-            stream = torch.randn_like(expected).contiguous(memory_format=torch.channels_last)
-            reference = (stream + expected).relu()
-            assert relative_error(sparse(given, reads, writes, relu=True, add_to=stream), reference) < 1e-5

@@ -8,11 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import packing, ragged
+from . import ragged, tiles
 from .fold import fold_norm
-from .kernels import LANES, WHOLE, Blocks, buffer, gather_kernel
+from .gather import LANES, WHOLE, gather_kernel
+from .native import Workspace, buffer
 from .plan import Kept
 from .ragged import RaggedKept
+from .tiles import TiledWeight
+
+MIN_INPUTS = 16
+"""Inputs below which a convolution does not run in tiles: their products would be too thin."""
+
+_weights = Workspace()
 
 
 class WeightCache:
@@ -25,7 +32,7 @@ class WeightCache:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.size = 0
-        self._weights: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._weights: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
         self._seen: OrderedDict[int, None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -37,7 +44,7 @@ class WeightCache:
             entry = self._weights.get(key)
             if entry is not None:
                 self._weights.move_to_end(key)
-                return entry[0], False
+                return entry, False
             digest = hash(key)
             again = digest in self._seen
             self._seen[digest] = None
@@ -46,25 +53,25 @@ class WeightCache:
                 self._seen.popitem(last=False)
             return None, again
 
-    def put(self, key: tuple[object, ...], weight: Tensor, memory: Tensor) -> None:
-        """Store a weight and the tensor whose memory it lies in, which is what counts."""
+    def put(self, key: tuple[object, ...], weight: Tensor) -> None:
+        """Store a weight."""
         with self._lock:
-            if key in self._weights or memory.nbytes > self.capacity:
+            if key in self._weights or weight.nbytes > self.capacity:
                 return
-            self._weights[key] = weight, memory
-            self.size += memory.nbytes
+            self._weights[key] = weight
+            self.size += weight.nbytes
             while self.size > self.capacity:
-                _, (_, freed) = self._weights.popitem(last=False)
+                _, freed = self._weights.popitem(last=False)
                 self.size -= freed.nbytes
 
 
 class GatherConv:
     """A convolution with its norm folded in that can leave out input and output channels.
 
-    Where the gather of `kernels` is available, what is kept of the weight is gathered into the layout that oneDNN
-    computes with. Weights are stored as (T, I, O), T the positions of the kernel, so that closed inputs are not read,
-    or, if all inputs are always there, as (O, T, I), so that closed outputs are not. Without that gather they are
-    stored as (O, T, I): what is kept then comes out channels last.
+    Where `tiles` are available, what is kept of the weight is gathered into the layout that they compute with. Weights
+    are stored as (T, I, O), T the positions of the kernel, so that closed inputs are not read, or, if all inputs are
+    always there, as (O, T, I), so that closed outputs are not. Elsewhere they are stored as (O, T, I): what torch's
+    indexing keeps then comes out channels last, as torch's convolution likes it.
 
     Args:
         conv, norm: of the network; the norm may be None.
@@ -85,10 +92,11 @@ class GatherConv:
         self.kernel = tuple(kernel)
         self.taps = kernel[0] * kernel[1]
         self.geometry = (tuple(conv.padding), tuple(conv.stride), tuple(conv.dilation))
-        self.fused = packing.available(weight)
-        whole = reads_all and self.in_channels % WHOLE == 0
-        self.gather = gather_kernel(weight.dtype, whole) if self.fused else None
-        self.output_first = whole or self.gather is None
+        self.pair = tiles.pair_of(weight.dtype)
+        self.tiled = weight.device.type == 'cpu' and self.in_channels >= MIN_INPUTS and tiles.available(weight.dtype)
+        whole = self.tiled and reads_all and self.in_channels % WHOLE == 0
+        self.gather = gather_kernel(weight.dtype, whole) if self.tiled else None
+        self.output_first = whole or not self.tiled
         if self.output_first:
             sizes, beyond = (self.out_channels, self.taps, self.in_channels), self.taps * self.in_channels
         else:
@@ -100,7 +108,7 @@ class GatherConv:
         self.cache = cache
         self.all_inputs = torch.ones(self.in_channels, dtype=torch.bool)
         self.all_outputs = torch.ones(self.out_channels, dtype=torch.bool)
-        self.dense: tuple[packing.Form, Tensor] | None = None
+        self.dense: TiledWeight | None = None
         self.other: Tensor | None = None
 
     def out_size(self, x: Tensor) -> tuple[int, int]:
@@ -136,58 +144,91 @@ class GatherConv:
             assert not isinstance(reads, Kept)
             assert not isinstance(writes, Kept)
             return ragged.convolve(self, x, reads, writes, gate, relu, add_to)
+        if gate is not None:
+            gate = gate.to(x.dtype)
+        if self._runs_tiled(x.dtype, reads):
+            compact, bias, gate = self._tiled(reads, writes, gate)
+            return tiles.convolve(x, compact, bias, self.kernel, self.geometry, relu, gate, add_to)
+        weight, bias, gate = self._plain(reads, writes, gate)
+        padding, stride, dilation = self.geometry
         x = x.contiguous(memory_format=torch.channels_last)
-        if reads is None and writes is None:
-            weight, bias = self._dense(x), self.bias
-        else:
-            weight, bias, gate = self._gathered(x, reads, writes, gate, relu)
-        y = self._convolution(x, weight, bias, relu, add_to)
-        return y if gate is None else y.mul_(gate.to(y.dtype)[:, :, None, None])
+        y = F.conv2d(x, weight, bias, stride, padding, dilation)
+        if add_to is not None:
+            y = add_to.add_(y)
+        if relu:
+            y = y.relu_()
+        return y if gate is None else y.mul_(gate[:, :, None, None])
 
-    def _dense(self, x: Tensor) -> Tensor:
-        """All weights, for inputs of this shape."""
-        kernel = self._as_kernel(self.stored)
-        if not self.fused:
-            return kernel
-        form = self._form(x, self.in_channels, self.out_channels)
-        dense = self.dense
-        if dense is None or dense[0] != form:
-            dense = self.dense = form, form.pack(kernel)
-        return dense[1]
+    def _runs_tiled(self, dtype: torch.dtype, reads: Kept | None) -> bool:
+        """Whether this convolution runs in tiles on inputs of a type."""
+        if not self.tiled or dtype != self.stored.dtype or (reads is not None and self.output_first):
+            return False
+        if self.pair == 1:
+            return True
+        _, num_inputs = self._sizes(reads, None)
+        return num_inputs % self.pair == 0 and torch._C._get_mkldnn_enabled()
+
+    def _sizes(self, reads: Kept | None, writes: Kept | None) -> tuple[int, int]:
+        """Numbers of outputs and inputs computed with."""
+        outputs = self.out_channels if writes is None else writes.count
+        return outputs, self.in_channels if reads is None else reads.count
+
+    def _tiled(
+        self, reads: Kept | None, writes: Kept | None, gate: Tensor | None
+    ) -> tuple[TiledWeight, Tensor, Tensor | None]:
+        """Compact weight, bias and gate for tiles."""
+        gate = None if gate is None else gate.float().contiguous()
+        if reads is None and writes is None:
+            if self.dense is None:
+                self.dense = self._gathered(None, None, None, stays=True)[0]
+            return self.dense, self.bias, gate
+        key = (id(self), reads and reads.key, writes and writes.key)
+        memory, store = self.cache.get(key)
+        if memory is not None:
+            return TiledWeight(memory.data_ptr(), *self._sizes(reads, writes), memory), *self._chosen(writes, gate)
+        weight, bias, gate = self._gathered(reads, writes, gate, store)
+        if weight.memory is not None:
+            self.cache.put(key, weight.memory)
+        return weight, bias, gate
 
     def _gathered(
-        self, x: Tensor, reads: Kept | None, writes: Kept | None, gate: Tensor | None, relu: bool
+        self, reads: Kept | None, writes: Kept | None, gate: Tensor | None, stays: bool
+    ) -> tuple[TiledWeight, Tensor, Tensor | None]:
+        """Compact weight, in memory of its own or for one use, bias and gate for tiles."""
+        outputs, inputs = self._sizes(reads, writes)
+        num_bytes = TiledWeight.num_bytes(outputs, self.taps, inputs, self.stored.dtype)
+        if stays:
+            memory = torch.empty(num_bytes, dtype=torch.uint8)
+            weight = TiledWeight(memory.data_ptr(), outputs, inputs, memory)
+        else:
+            weight = TiledWeight(_weights.take(num_bytes), outputs, inputs)
+        bias = self.bias.new_empty(outputs)
+        kept_gate = None if gate is None else gate.new_empty(gate.shape[0], outputs)
+        inputs_mask = self.all_inputs if reads is None else reads.mask
+        outputs_mask = self.all_outputs if writes is None else writes.mask
+        assert self.gather is not None
+        self.gather(self.stored, self.bias, gate, inputs_mask, outputs_mask, weight, bias, kept_gate)
+        return weight, bias, kept_gate
+
+    def _plain(
+        self, reads: Kept | None, writes: Kept | None, gate: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Compact weight and bias for inputs of this shape, and what is left of the gate to be applied afterwards."""
-        num_inputs = self.in_channels if reads is None else len(reads)
-        num_outputs = self.out_channels if writes is None else len(writes)
-        form = self._form(x, num_inputs, num_outputs)
-        weight, store = None, False
-        if self.cache.capacity:
-            key = (id(self), reads and reads.key, writes and writes.key, form)
-            weight, store = self.cache.get(key)
-        if weight is None and self.gather is not None:
-            packed = packing.allocate(form) if store else packing.scratch(form)
-            if packed is not None and self._gathers(num_inputs, packed.blocks):
-                foldable = gate is not None and relu and len(x) == 1 and gate.dtype == x.dtype == torch.float32
-                factors = gate.contiguous() if gate is not None and foldable and not store else None
-                inputs = self.all_inputs if reads is None else reads.mask
-                outputs = self.all_outputs if writes is None else writes.mask
-                bias = x.new_empty(num_outputs)
-                self.gather(self.stored, self.bias, inputs, outputs, factors, packed.memory, bias, packed.blocks)
-                if store:
-                    self.cache.put(key, packed.opaque, packed.memory)
-                return packed.opaque, bias, None if factors is not None else _chosen(gate, writes)
+        """Compact weight, bias and gate as torch's convolution takes them."""
+        if reads is None and writes is None:
+            return self._as_kernel(self.stored), self.bias, gate
+        key = (id(self), reads and reads.key, writes and writes.key, 'plain')
+        weight, store = self.cache.get(key)
         if weight is None:
             weight = self._selected(reads, writes)
             if store:
-                self.cache.put(key, weight, weight)
-        bias = self.bias if writes is None else self.bias.index_select(0, writes.index)
-        return weight, bias, _chosen(gate, writes)
+                self.cache.put(key, weight)
+        return weight, *self._chosen(writes, gate)
 
-    def _gathers(self, num_inputs: int, blocks: Blocks) -> bool:
-        """Whether the gather can write these blocks from weights in the order in which they are stored."""
-        return not self.output_first or num_inputs == blocks.inputs == self.in_channels
+    def _chosen(self, writes: Kept | None, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Bias and gate of the outputs computed."""
+        if writes is None:
+            return self.bias, gate
+        return self.bias.index_select(0, writes.index), None if gate is None else gate.index_select(1, writes.index)
 
     def _selected(self, reads: Kept | None, writes: Kept | None) -> Tensor:
         """Compact weights (kept outputs, kept inputs, kernel height, kernel width), by torch's means."""
@@ -205,10 +246,6 @@ class GatherConv:
             return weight.view(len(weight), *self.kernel, -1).permute(0, 3, 1, 2)
         return weight.view(*self.kernel, *weight.shape[1:]).permute(3, 2, 0, 1)
 
-    def _form(self, x: Tensor, inputs: int, outputs: int) -> packing.Form:
-        sizes = (outputs, inputs, *self.kernel)
-        return packing.Form(sizes, self.geometry, tuple(x.shape), x.dtype, torch.get_num_threads())
-
     def by_output(self) -> Tensor:
         """All weights, (O, T, I)."""
         return self.stored if self.output_first else self._other_order()
@@ -223,19 +260,6 @@ class GatherConv:
             order = (1, 2, 0) if self.output_first else (2, 0, 1)
             self.other = self.stored.permute(order).contiguous()
         return self.other
-
-    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor, relu: bool, add_to: Tensor | None) -> Tensor:
-        if self.fused:
-            return packing.convolve(x, weight, bias, self.geometry, relu, add_to)
-        padding, stride, dilation = self.geometry
-        y = F.conv2d(x, weight, bias, stride, padding, dilation)
-        if add_to is not None:
-            y = add_to.add_(y)
-        return y.relu_() if relu else y
-
-
-def _chosen(gate: Tensor | None, writes: Kept | None) -> Tensor | None:
-    return gate if gate is None or writes is None else gate.index_select(1, writes.index)
 
 
 class FoldedSequence(nn.Module):
