@@ -51,13 +51,16 @@ def gathered(kernel: Any, stored: Tensor, inputs: np.ndarray, outputs: np.ndarra
     biases = torch.full((num_outputs + 1,), 7, dtype=stored.dtype)
     gates = torch.full((3 * num_outputs + 1,), 7.0)
     masks = torch.from_numpy(inputs), torch.from_numpy(outputs)
-    kernel(given, bias, gate, *masks, TiledWeight(written.data_ptr(), num_outputs, num_inputs), biases, gates)
+    queue, weight = native.Queue(), TiledWeight(written.data_ptr(), num_outputs, num_inputs, written)
+    kernel(queue, given, bias, gate, *masks, weight, biases, gates)
+    queue.run()
     assert torch.equal(written[:-1], expected)
     assert torch.equal(biases[:-1], bias[outputs])
     assert torch.equal(gates[:-1], gate[:, outputs].flatten())
     assert written[-1] == biases[-1] == gates[-1] == 7
     biases.fill_(7)
-    kernel(given, bias, None, *masks, TiledWeight(written.data_ptr(), num_outputs, num_inputs), biases, None)
+    kernel(queue, given, bias, None, *masks, weight, biases, None)
+    queue.run()
     assert torch.equal(biases[:-1], bias[outputs])
 
 
@@ -117,7 +120,10 @@ def convolve(conv: nn.Conv2d, x: Tensor, **kwargs: Any) -> Tensor:
     assert conv.bias is not None
     given = TiledWeight(weight.data_ptr(), conv.out_channels, conv.in_channels, weight)
     geometry = conv.padding, conv.stride, conv.dilation
-    return tiles.convolve(x, given, conv.bias.detach(), conv.kernel_size, geometry, **kwargs)
+    queue = native.Queue()
+    y = tiles.convolve(queue, x, given, conv.bias.detach(), conv.kernel_size, geometry, **kwargs)
+    queue.run()
+    return y
 
 
 GEOMETRIES = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import ragged, tiles
 from .fold import fold_norm
 from .gather import LANES, WHOLE, gather_kernel
-from .native import Workspace, buffer
+from .native import Queue, Workspace, buffer
 from .plan import Kept
 from .ragged import RaggedKept
 from .tiles import TiledWeight
@@ -126,6 +126,7 @@ class GatherConv:
         gate: Tensor | None = None,
         relu: bool = False,
         add_to: Tensor | None = None,
+        queue: Queue | None = None,
     ) -> Tensor:
         """Convolve.
 
@@ -136,6 +137,7 @@ class GatherConv:
             gate: factors for all outputs, (B, O), non-negative; with ragged outputs, for those of each image.
             relu: apply ReLU (before the gate).
             add_to: added to the result before the ReLU, may be overwritten; not with a gate.
+            queue: what writes `x` may be in it; the result is there when it has run. Without, it is there at once.
 
         Returns:
             (B, kept outputs, H', W'), channels last.
@@ -143,12 +145,20 @@ class GatherConv:
         if isinstance(reads, RaggedKept) or isinstance(writes, RaggedKept):
             assert not isinstance(reads, Kept)
             assert not isinstance(writes, Kept)
+            if queue is not None:
+                queue.run()
             return ragged.convolve(self, x, reads, writes, gate, relu, add_to)
         if gate is not None:
             gate = gate.to(x.dtype)
         if self._runs_tiled(x.dtype, reads):
-            compact, bias, gate = self._tiled(reads, writes, gate)
-            return tiles.convolve(x, compact, bias, self.kernel, self.geometry, relu, gate, add_to)
+            calls = Queue() if queue is None else queue
+            compact, bias, gate = self._tiled(calls, reads, writes, gate)
+            y = tiles.convolve(calls, x, compact, bias, self.kernel, self.geometry, relu, gate, add_to)
+            if queue is None:
+                calls.run()
+            return y
+        if queue is not None:
+            queue.run()
         weight, bias, gate = self._plain(reads, writes, gate)
         padding, stride, dilation = self.geometry
         x = x.contiguous(memory_format=torch.channels_last)
@@ -174,25 +184,28 @@ class GatherConv:
         return outputs, self.in_channels if reads is None else reads.count
 
     def _tiled(
-        self, reads: Kept | None, writes: Kept | None, gate: Tensor | None
+        self, queue: Queue, reads: Kept | None, writes: Kept | None, gate: Tensor | None
     ) -> tuple[TiledWeight, Tensor, Tensor | None]:
         """Compact weight, bias and gate for tiles."""
         gate = None if gate is None else gate.float().contiguous()
         if reads is None and writes is None:
             if self.dense is None:
-                self.dense = self._gathered(None, None, None, stays=True)[0]
+                calls = Queue()
+                dense = self._gathered(calls, None, None, None, stays=True)[0]
+                calls.run()
+                self.dense = dense
             return self.dense, self.bias, gate
         key = (id(self), reads and reads.key, writes and writes.key)
         memory, store = self.cache.get(key)
         if memory is not None:
             return TiledWeight(memory.data_ptr(), *self._sizes(reads, writes), memory), *self._chosen(writes, gate)
-        weight, bias, gate = self._gathered(reads, writes, gate, store)
-        if weight.memory is not None:
+        weight, bias, gate = self._gathered(queue, reads, writes, gate, store)
+        if store:
             self.cache.put(key, weight.memory)
         return weight, bias, gate
 
     def _gathered(
-        self, reads: Kept | None, writes: Kept | None, gate: Tensor | None, stays: bool
+        self, queue: Queue, reads: Kept | None, writes: Kept | None, gate: Tensor | None, stays: bool
     ) -> tuple[TiledWeight, Tensor, Tensor | None]:
         """Compact weight, in memory of its own or for one use, bias and gate for tiles."""
         outputs, inputs = self._sizes(reads, writes)
@@ -201,13 +214,14 @@ class GatherConv:
             memory = torch.empty(num_bytes, dtype=torch.uint8)
             weight = TiledWeight(memory.data_ptr(), outputs, inputs, memory)
         else:
-            weight = TiledWeight(_weights.take(num_bytes), outputs, inputs)
+            address = _weights.take(num_bytes)
+            weight = TiledWeight(address, outputs, inputs, _weights.memory)
         bias = self.bias.new_empty(outputs)
         kept_gate = None if gate is None else gate.new_empty(gate.shape[0], outputs)
         inputs_mask = self.all_inputs if reads is None else reads.mask
         outputs_mask = self.all_outputs if writes is None else writes.mask
         assert self.gather is not None
-        self.gather(self.stored, self.bias, gate, inputs_mask, outputs_mask, weight, bias, kept_gate)
+        self.gather(queue, self.stored, self.bias, gate, inputs_mask, outputs_mask, weight, bias, kept_gate)
         return weight, bias, kept_gate
 
     def _plain(

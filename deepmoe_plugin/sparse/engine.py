@@ -17,6 +17,7 @@ from ..network import DeepMoE
 from . import ragged
 from .conv import FoldedSequence, GatherConv, WeightCache
 from .fold import eval_view, fingerprint, flatten
+from .native import Queue
 from .plan import Group, Kept, Plan, Reader, Segment
 from .ragged import RaggedKept
 
@@ -98,22 +99,29 @@ class SparseBlock(nn.Module):
 
     def _run(self, x: Tensor, groups: Sequence[Group], stream: Tensor) -> list[Tensor]:
         """The next residual stream of each group, computed convolution by convolution."""
+        queue = Queue()
         inputs = [x[group.part] for group in groups]
         for i, (conv, act) in enumerate(zip(self.convs[:-1], self.acts, strict=False)):
             inputs = [
-                _layer(conv, act, part, group, self.reads[i], self.writes[i])
+                _layer(conv, act, part, group, self.reads[i], self.writes[i], queue)
                 for part, group in zip(inputs, groups, strict=True)
             ]
             if self.blur is not None and i == len(self.convs) - 2:
+                queue.run()
                 inputs = [self.blur(part) for part in inputs]
-        return [self._close(inner, group, stream[group.part]) for inner, group in zip(inputs, groups, strict=True)]
+        results = [
+            self._close(inner, group, stream[group.part], queue) for inner, group in zip(inputs, groups, strict=True)
+        ]
+        queue.run()
+        return results
 
-    def _close(self, x: Tensor, group: Group, stream: Tensor) -> Tensor:
+    def _close(self, x: Tensor, group: Group, stream: Tensor, queue: Queue) -> Tensor:
         """The last convolution, added to the residual stream."""
         last = self.reads[-1]
         kept = None if last is None else group.kept[last]
         if self.attention is None and self.acts[-1] is None:
-            return self.convs[-1](x, kept, add_to=stream, relu=True)
+            return self.convs[-1](x, kept, add_to=stream, relu=True, queue=queue)
+        queue.run()
         x = self.convs[-1](x, kept)
         if self.attention is not None:
             x = self.attention(x)
@@ -128,14 +136,21 @@ def _activation(act: nn.Module) -> nn.Module | None:
 
 
 def _layer(
-    conv: GatherConv, act: nn.Module | None, x: Tensor, group: Group, reads: int | None, writes: int | None
+    conv: GatherConv,
+    act: nn.Module | None,
+    x: Tensor,
+    group: Group,
+    reads: int | None,
+    writes: int | None,
+    queue: Queue,
 ) -> Tensor:
-    """Convolution, norm, activation and gate of one layer."""
+    """Convolution, norm, activation and gate of one layer: there when the queue has run."""
     kept_in = None if reads is None else group.kept[reads]
     kept_out = None if writes is None else group.kept[writes]
     gate = None if writes is None else group.gates[writes]
     if act is None:
-        return conv(x, kept_in, kept_out, gate, relu=True)
+        return conv(x, kept_in, kept_out, gate, relu=True, queue=queue)
+    queue.run()
     x = act(conv(x, kept_in, kept_out))
     if gate is None:
         return x
@@ -222,16 +237,20 @@ class SparseFeatures(nn.Module):
     def _run(self, x: Tensor, group: Group, taps: Sequence[int], stop: int | None) -> tuple[Tensor, list[Tensor]]:
         layer = -1
         tapped = []
+        queue = Queue()
         for index, step, act in self.steps:
             if stop is not None and index > stop:
                 break
             if isinstance(step, GatherConv):
-                x = _layer(step, act, x, group, layer if layer >= 0 else None, layer + 1)
+                x = _layer(step, act, x, group, layer if layer >= 0 else None, layer + 1, queue)
                 layer += 1
             else:
+                queue.run()
                 x = step(x)
             if index in taps:
+                queue.run()
                 tapped.append(_widened(x, group.kept[layer], self.widths[layer]))
+        queue.run()
         return _widened(x, group.kept[layer], self.widths[layer]), tapped
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .native import COUNTER_PITCH, NUM_COMMON, Kernel, Workspace, features, intrinsics
+from .native import COUNTER_PITCH, NUM_COMMON, Kernel, Queue, Workspace, features, intrinsics
 from .tiles import BLOCK, TiledWeight, pair_of
 
 LANES = 16
@@ -36,7 +36,7 @@ AHEAD = 8
 NUM_ARGS = NUM_COMMON + 15
 """Numbers that a kernel is called with."""
 
-Gather = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, TiledWeight, Tensor, Tensor | None], None]
+Gather = Callable[[Queue, Tensor, Tensor, Tensor | None, Tensor, Tensor, TiledWeight, Tensor, Tensor | None], None]
 
 _rooms = Workspace()
 
@@ -45,10 +45,10 @@ _rooms = Workspace()
 def gather_kernel(dtype: torch.dtype, by_output: bool = False) -> Gather:
     """The gather for weights of a type for which tiles are available, compiled on first use.
 
-    The kernel takes `(stored, bias, gate, inputs, outputs, kept_weight, kept_bias, kept_gate)`: `stored` (T, I, O)
-    contiguous, with room to read `LANES` elements beyond its end, `bias` (O,), and gates or None, (B, O), contiguous,
-    float32; which channels are kept, boolean, shapes (I,) and (O,), one input or more. It writes kept weights, biases,
-    shape (k,), and gates, (B, k).
+    The kernel takes `(queue, stored, bias, gate, inputs, outputs, kept_weight, kept_bias, kept_gate)`. `stored` is
+    (T, I, O) contiguous, with room to read `LANES` elements beyond its end; `bias` (O,); `gate` None or (B, O)
+    contiguous, float32; `inputs` (I,) and `outputs` (O,) tell which channels are kept, boolean, one input or more. When
+    the queue runs, kept weights, biases (k,) and gates (B, k) are written.
 
     `by_output`: `stored` is (O, T, I) contiguous, I a multiple of `WHOLE`, with a row of zeros beyond its end, and all
     inputs are kept. Of closed outputs nothing is read then.
@@ -56,6 +56,7 @@ def gather_kernel(dtype: torch.dtype, by_output: bool = False) -> Gather:
     run = Kernel(_compile(pair_of(dtype))[by_output])
 
     def gather(
+        queue: Queue,
         stored: Tensor,
         bias: Tensor,
         gate: Tensor | None,
@@ -73,7 +74,9 @@ def gather_kernel(dtype: torch.dtype, by_output: bool = False) -> Gather:
         pitch = -(-(out_channels + BLOCK + LANES) // LANES) * LANES
         room = ROWS * pitch * stored.element_size() + 8 * (in_channels + 3 * out_channels)
         room = -(-room // 64) * 64
-        run(
+        rooms = _rooms.take(torch.get_num_threads() * room)
+        queue.add(
+            run,
             stored.data_ptr(),
             inputs.data_ptr(),
             outputs.data_ptr(),
@@ -83,12 +86,13 @@ def gather_kernel(dtype: torch.dtype, by_output: bool = False) -> Gather:
             0 if gate is None else gate.data_ptr(),
             0 if kept_gate is None else kept_gate.data_ptr(),
             0 if gate is None else gate.shape[0],
-            _rooms.take(torch.get_num_threads() * room),
+            rooms,
             taps,
             in_channels,
             out_channels,
             pitch,
             room,
+            holds=(stored, bias, gate, inputs, outputs, kept_weight, kept_bias, kept_gate, _rooms.memory),
         )
 
     return gather

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .native import COUNTER_PITCH, NUM_COMMON, Kernel, Workspace, features, intrinsics, openmp
+from .native import COUNTER_PITCH, NUM_COMMON, Kernel, Queue, Workspace, features, intrinsics, openmp
 
 BLOCK = 64
 """Outputs of a tile."""
@@ -50,13 +50,13 @@ class TiledWeight(NamedTuple):
     Attributes:
         address: of (ceil(outputs / BLOCK), T, inputs / pair, BLOCK, pair) contiguous, T the positions of the kernel;
             behind the last output are zeros. Products read `pair` neighbouring inputs at once: 2 in bfloat16.
-        memory: what is there, if it is not a workspace.
+        memory: what lies there.
     """
 
     address: int
     outputs: int
     inputs: int
-    memory: Tensor | None = None
+    memory: Tensor
 
     @staticmethod
     def num_bytes(outputs: int, taps: int, inputs: int, dtype: torch.dtype) -> int:
@@ -90,6 +90,7 @@ def _address(name: str) -> int:
 
 
 def convolve(
+    queue: Queue,
     x: Tensor,
     weight: TiledWeight,
     bias: Tensor,
@@ -99,9 +100,10 @@ def convolve(
     gate: Tensor | None = None,
     add_to: Tensor | None = None,
 ) -> Tensor:
-    """Convolve, add, apply ReLU, multiply by the gate.
+    """Convolve, add, apply ReLU, multiply by the gate: as soon as the queue runs.
 
     Args:
+        queue: what writes the arguments may be in it already.
         x: (B, inputs, H, W).
         weight, bias: of the type of `x`; the bias has shape (outputs,).
         kernel: (height, width).
@@ -122,19 +124,22 @@ def convolve(
     else:
         out = add_to.contiguous(memory_format=torch.channels_last)
     run, product, release = _kernel(x.dtype)
-    run(
+    rooms = _rooms.take(torch.get_num_threads() * room)
+    queue.add(
+        run,
         x.data_ptr(),
         weight.address,
         bias.data_ptr(),
         0 if gate is None else gate.data_ptr(),
         out.data_ptr(),
-        _rooms.take(torch.get_num_threads() * room),
+        rooms,
         room,
         product,
         release,
         add_to is not None,
         relu,
         *numbers,
+        holds=(x, weight, bias, gate, out, _rooms.memory),
     )
     return out
 
