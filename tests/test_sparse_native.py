@@ -228,6 +228,32 @@ def test_bfloat16_without_products(reason: str) -> None:
 
 
 @torch.no_grad()
+def test_bfloat16_is_rounded_to_the_nearest() -> None:
+    need_tiles(torch.bfloat16)
+    conv = nn.Conv2d(64, 64, 1).bfloat16()
+    conv.weight.copy_(torch.eye(64)[:, :, None, None])
+    x = torch.randn(1, 64, 20, 20).bfloat16()
+    assert torch.equal(convolve(conv, x), (x.float() + conv.bias.float()[:, None, None]).bfloat16())
+
+
+@torch.no_grad()
+def test_cache_has_no_weights_that_are_yet_to_be_gathered() -> None:
+    """Another thread would compute with what happens to be in their memory."""
+    need_tiles(torch.float32)
+    cache = WeightCache(2**20)
+    sparse = GatherConv(nn.Conv2d(32, 64, 3, padding=1), None, cache)
+    x, writes = torch.randn(1, 32, 4, 4), Kept(np.arange(64) % 2 == 0, torch.device('cpu'))
+    expected = sparse(x, writes=writes)
+    queue = native.Queue()
+    y = sparse(x, writes=writes, queue=queue)
+    assert not cache.size
+    queue.run()
+    assert cache.size
+    assert torch.equal(y, expected)
+    assert torch.equal(sparse(x, writes=writes), expected)
+
+
+@torch.no_grad()
 def test_workspace_is_as_large_as_the_largest_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     need_tiles(torch.float32)
     workspace = native.Workspace()

@@ -96,6 +96,8 @@ class GatherConv:
         self.tiled = weight.device.type == 'cpu' and self.in_channels >= MIN_INPUTS and tiles.available(weight.dtype)
         whole = self.tiled and reads_all and self.in_channels % WHOLE == 0
         self.gather = gather_kernel(weight.dtype, whole) if self.tiled else None
+        if self.tiled:
+            tiles.compiled(weight.dtype)  # now rather than before the first image
         self.output_first = whole or not self.tiled
         if self.output_first:
             sizes, beyond = (self.out_channels, self.taps, self.in_channels), self.taps * self.in_channels
@@ -113,10 +115,7 @@ class GatherConv:
 
     def out_size(self, x: Tensor) -> tuple[int, int]:
         """Output (H, W) for an input (B, C, H, W)."""
-        (ph, pw), (sh, sw), (dh, dw) = self.geometry
-        height = (x.shape[2] + 2 * ph - dh * (self.kernel[0] - 1) - 1) // sh + 1
-        width = (x.shape[3] + 2 * pw - dw * (self.kernel[1] - 1) - 1) // sw + 1
-        return height, width
+        return tiles.out_size(x.shape[2], x.shape[3], self.kernel, self.geometry)
 
     def __call__(
         self,
@@ -201,7 +200,7 @@ class GatherConv:
             return TiledWeight(memory.data_ptr(), *self._sizes(reads, writes), memory), *self._chosen(writes, gate)
         weight, bias, gate = self._gathered(queue, reads, writes, gate, store)
         if store:
-            self.cache.put(key, weight.memory)
+            queue.then(self.cache.put, key, weight.memory)
         return weight, bias, gate
 
     def _gathered(

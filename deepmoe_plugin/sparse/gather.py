@@ -216,15 +216,20 @@ def _compile(pair: int) -> Any:
 
         return types.void(types.int64), codegen
 
-    @intrinsic
-    def copy_one(typingctx: Any, source: Any, target: Any) -> Any:
-        """Write one channel."""
+    def copier(kind: Any) -> Any:
+        @intrinsic
+        def copy(typingctx: Any, source: Any, target: Any) -> Any:
+            """Write what is at `source`, of this kind."""
 
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            store(builder, load(builder, args[0], element), args[1])
-            return context.get_dummy_value()
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                store(builder, load(builder, args[0], kind), args[1])
+                return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64), codegen
+            return types.void(types.int64, types.int64), codegen
+
+        return copy
+
+    copy_one, copy_step = copier(element), copier(part)
 
     @intrinsic
     def copy_pair(typingctx: Any, first: Any, second: Any, target: Any) -> Any:
@@ -238,16 +243,6 @@ def _compile(pair: int) -> Any:
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), codegen
-
-    @intrinsic
-    def copy_step(typingctx: Any, source: Any, target: Any) -> Any:
-        """Write `STEP` outputs."""
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            store(builder, load(builder, args[0], part), args[1])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), codegen
 
     @njit
     def list_kept(kept: Any, rows: Any) -> int:

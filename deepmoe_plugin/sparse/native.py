@@ -10,6 +10,7 @@ import functools
 import logging
 import mmap
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,23 +90,27 @@ class Kernel:
 class Queue:
     """Calls of kernels that have yet to run, in this order.
 
-    Preparing several calls and then running them takes less time than one after the other: a kernel leaves little of
-    what Python needs in the processor's cache.
+    Preparing several calls and then running them takes less time than one after the other: Python is several times
+    slower after a kernel, which leaves little of what it needs in the processor's cache.
     """
 
     def __init__(self) -> None:
-        self._calls: list[tuple[Kernel, Any]] = []
+        self._calls: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self._held: list[Any] = []
 
     def add(self, kernel: Kernel, *numbers: int, holds: tuple[Any, ...]) -> None:
         """Queue a call, and hold on to what its numbers are addresses of."""
-        self._calls.append((kernel, kernel.prepare(*numbers)))
+        self._calls.append((kernel.run, (kernel.prepare(*numbers),)))
         self._held.append(holds)
+
+    def then(self, function: Callable[..., object], *args: Any) -> None:
+        """Call a function once all that is queued has run."""
+        self._calls.append((function, args))
 
     def run(self) -> None:
         """Run what is queued: from then on results are there, until then nobody may read them."""
-        for kernel, args in self._calls:
-            kernel.run(args)
+        for function, args in self._calls:
+            function(*args)
         self._calls.clear()
         self._held.clear()
 

@@ -3,7 +3,7 @@
 A tile is a few pixels by `BLOCK` outputs. It is the sum of matrix products, one for each position of the kernel, which
 oneDNN's micro-kernels compute at the peak of the processor; torch has them in `at::native::cpublas::brgemm`. Bias,
 residual sum, ReLU and gate are applied while the tile is in the cache. oneDNN's own convolution is as fast once it
-runs, but takes 60 to 90 us until then (torch describes every operand to it anew), 2 to 4 ms for a ResNet-50.
+runs, but torch describes every operand to it anew, which takes about 0.1 ms in a network.
 """
 
 import ctypes
@@ -123,7 +123,7 @@ def convolve(
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     else:
         out = add_to.contiguous(memory_format=torch.channels_last)
-    run, product, release = _kernel(x.dtype)
+    run, product, release = compiled(x.dtype)
     rooms = _rooms.take(torch.get_num_threads() * room)
     queue.add(
         run,
@@ -155,8 +155,7 @@ def _schedule(
     """The shape of the result, memory for a tile, and what the kernel is told of shapes."""
     (ph, pw), (sh, sw), (dh, dw) = geometry
     batch, channels, height, width = shape
-    out_height = (height + 2 * ph - dh * (kernel[0] - 1) - 1) // sh + 1
-    out_width = (width + 2 * pw - dw * (kernel[1] - 1) - 1) // sw + 1
+    out_height, out_width = out_size(height, width, kernel, geometry)
     if channels != inputs or out_height < 1 or out_width < 1:
         raise ValueError(f'A {kernel[0]}x{kernel[1]} convolution of {inputs} channels cannot run on {tuple(shape)}.')
     out_shape = batch, outputs, out_height, out_width
@@ -172,14 +171,22 @@ def _schedule(
     return out_shape, tile[0] * tile[1] * BLOCK * 4, (*numbers, ph, pw, sh, sw, dh, dw, *tile)
 
 
+def out_size(
+    height: int, width: int, kernel: tuple[int, ...], geometry: tuple[tuple[int, ...], ...]
+) -> tuple[int, int]:
+    """Output (H, W) of a convolution for an input of this size; see `convolve` for the rest."""
+    (ph, pw), (sh, sw), (dh, dw) = geometry
+    return (height + 2 * ph - dh * (kernel[0] - 1) - 1) // sh + 1, (width + 2 * pw - dw * (kernel[1] - 1) - 1) // sw + 1
+
+
 def _even(length: int, most: int) -> int:
     """The length of parts that are as equal and as few as can be, none longer than `most`."""
     return -(-length // max(1, -(-length // most)))
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype) -> tuple[Kernel, int, int]:
-    """The kernel, and the addresses of what it calls."""
+def compiled(dtype: torch.dtype) -> tuple[Kernel, int, int]:
+    """The kernel, compiled on first use, and the addresses of what it calls."""
     pair = pair_of(dtype)
     release = _address(_RELEASE) if dtype == torch.bfloat16 else 0
     return Kernel(_compile(pair)), _address(_PRODUCTS[dtype]), release
