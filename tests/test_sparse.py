@@ -150,6 +150,8 @@ def test_gates_of_the_gating_network(structure: str) -> None:
         {'stem_type': 'deep', 'stem_width': 16},
         {'avg_down': True},
         {'replace_stem_pool': True},
+        {'act_layer': nn.SiLU},
+        {'block_args': {'attn_layer': 'se'}},
         {'aa_layer': nn.AvgPool2d},
         {'aa_layer': BlurPool2d},
         {'output_stride': 16},

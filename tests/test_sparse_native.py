@@ -254,6 +254,16 @@ def test_cache_has_no_weights_that_are_yet_to_be_gathered() -> None:
 
 
 @torch.no_grad()
+def test_what_does_not_run_in_tiles_waits_for_what_does() -> None:
+    need_tiles(torch.float32)
+    first, second = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 4, 1)
+    queue, x = native.Queue(), torch.randn(1, 32, 60, 60)
+    y = GatherConv(first, None, WeightCache(0))(x, queue=queue)
+    y.fill_(torch.nan)
+    assert relative_error(GatherConv(second, None, WeightCache(0))(y, queue=queue), second(first(x))) < 1e-5
+
+
+@torch.no_grad()
 def test_workspace_is_as_large_as_the_largest_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     need_tiles(torch.float32)
     workspace = native.Workspace()

@@ -133,7 +133,7 @@ class GatherConv:
             x: (B, kept inputs, H, W).
             reads, writes: which inputs `x` holds and which outputs to compute, None for all; if each image has channels
                 of its own, see `ragged`.
-            gate: factors for all outputs, (B, O), non-negative; with ragged outputs, for those of each image.
+            gate: factors for all outputs, (B, O); with ragged outputs, for those of each image.
             relu: apply ReLU (before the gate).
             add_to: added to the result before the ReLU, may be overwritten; not with a gate.
             queue: what writes `x` may be in it; the result is there when it has run. Without, it is there at once.

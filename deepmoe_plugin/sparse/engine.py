@@ -121,8 +121,8 @@ class SparseBlock(nn.Module):
         kept = None if last is None else group.kept[last]
         if self.attention is None and self.acts[-1] is None:
             return self.convs[-1](x, kept, add_to=stream, relu=True, queue=queue)
+        x = self.convs[-1](x, kept, queue=queue)
         queue.run()
-        x = self.convs[-1](x, kept)
         if self.attention is not None:
             x = self.attention(x)
         x = stream.add_(x)
@@ -150,8 +150,9 @@ def _layer(
     gate = None if writes is None else group.gates[writes]
     if act is None:
         return conv(x, kept_in, kept_out, gate, relu=True, queue=queue)
+    x = conv(x, kept_in, kept_out, queue=queue)
     queue.run()
-    x = act(conv(x, kept_in, kept_out))
+    x = act(x)
     if gate is None:
         return x
     if isinstance(kept_out, Kept):
