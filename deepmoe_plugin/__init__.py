@@ -10,7 +10,7 @@ from . import timm_hook
 from .gating import GatingConfig
 from .losses import DeepMoELoss
 from .macs import MacsReport, count_macs
-from .models import deepmoe_resnet, deepmoe_vgg
+from .models import deepmoe_resnet, deepmoe_vgg, specialised_moe, stacked_moe
 from .network import DeepMoE, find_deepmoe, freeze_gating, unfreeze_gating
 from .pruning import Pruning, prune
 from .stats import GateStatistics, gate_statistics
@@ -30,6 +30,8 @@ __all__ = [
     'gate_statistics',
     'prune',
     'sparsify',
+    'specialised_moe',
+    'stacked_moe',
     'unfreeze_gating',
 ]
 

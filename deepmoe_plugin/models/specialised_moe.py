@@ -1,0 +1,264 @@
+"""Mixtures of convolutional experts with a softmax or an attentive gate (Krishnamurthy, Watkins, Gaertner 2023)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..checkpoints import build_with_checks
+from ..mixture import Mixture, MixtureRecord
+from ..specialisation import SpecialisationConfig
+from .deepmoe_resnet import CIFAR100_MEAN, CIFAR100_STD
+
+Gate = Literal['softmax', 'attentive']
+GATES = ('softmax', 'attentive')
+Distilled = Literal['output', 'gate']
+DISTILLED = (None, 'output', 'gate')
+
+
+class Trunk(NamedTuple):
+    """Sizes of a network up to its last hidden layer.
+
+    Attributes:
+        channels: outputs of each 3x3 convolution, which ReLU and 2x2 max pooling follow.
+        norms: which convolutions, counted from 0, a batch norm follows.
+        hidden: outputs of each linear layer; ReLU between them, none after the last.
+        padding: of the convolutions.
+    """
+
+    channels: Sequence[int]
+    hidden: Sequence[int]
+    norms: Sequence[int] = ()
+    padding: int = 0
+
+    def build(self, in_chans: int, img_size: tuple[int, int], **dd: Any) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        height, width = img_size
+        for i, channels in enumerate(self.channels):
+            layers.append(nn.Conv2d(in_chans, channels, 3, padding=self.padding, **dd))
+            if i in self.norms:
+                layers.append(nn.BatchNorm2d(channels, **dd))
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+            height, width = ((side + 2 * self.padding - 2) // 2 for side in (height, width))
+            in_chans = channels
+        if height < 1 or width < 1:
+            raise ValueError(f'img_size={img_size} is too small for {len(self.channels)} convolutions with pooling.')
+        layers.append(nn.Flatten())
+        features = in_chans * height * width
+        for i, hidden in enumerate(self.hidden):
+            layers += [nn.ReLU()] if i else []
+            layers.append(nn.Linear(features, hidden, **dd))
+            features = hidden
+        return nn.Sequential(*layers)
+
+
+class Expert(nn.Module):
+    """A classifier of its own: `trunk` to the last hidden layer before its ReLU, `head` to logits."""
+
+    def __init__(self, trunk: nn.Sequential, features: int, num_classes: int, **dd: Any) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(features, num_classes, **dd)
+
+
+class SoftmaxGate(nn.Module):
+    """The original gate: a network of its own with one output for each expert."""
+
+    def __init__(self, trunk: nn.Sequential, features: int, num_experts: int, **dd: Any) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(features, num_experts, **dd)
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Map images (B, C, H, W) to p(e|x), (B, experts), at least in float32."""
+        return _softmax(self.head(F.relu(self.trunk(x))))
+
+
+class AttentiveGate(nn.Module):
+    """p(e|x) is the softmax over experts of (W_q g(x)) . (W_k h_e(x)) / sqrt(h); gradient flows into the experts."""
+
+    def __init__(self, trunk: nn.Sequential, features: int, **dd: Any) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.query = nn.Linear(features, features, bias=False, **dd)
+        self.key = nn.Linear(features, features, bias=False, **dd)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Map images (B, C, H, W) and the hidden vectors of the experts (B, experts, h) to p(e|x), (B, experts)."""
+        query = self.query(self.trunk(x)) / math.sqrt(hidden.shape[2])
+        return _softmax(torch.einsum('bh,beh->be', query, self.key(hidden)))
+
+
+class SpecialisedMoE(Mixture):
+    """y = sum_e p(e|x) softmax(logits_e(x)); the output is log y, so that cross-entropy of it is -log y.
+
+    Features are, for each expert, the last hidden vector before its ReLU, and its gate behind it.
+
+    Args:
+        expert, gate_trunk: sizes of the experts and of the gate's network; their last hidden layers are equally wide.
+        num_experts: 1 is the single network, without gate.
+        gate: 'softmax' or 'attentive'.
+        distilled: experts, and their norm statistics, stay as a checkpoint of the attentive gate has them, and an
+            ordinary output layer replaces its attention: 'output' trains that layer alone, 'gate' the whole gate.
+        drop_rate: dropout before the experts' last layers.
+        **kwargs: the arguments of `SpecialisationConfig`.
+
+    Raises:
+        ValueError: an argument is out of range or contradicts another; the message names it.
+    """
+
+    def __init__(
+        self,
+        expert: Trunk,
+        gate_trunk: Trunk,
+        num_experts: int = 5,
+        gate: Gate = 'softmax',
+        distilled: Distilled | None = None,
+        num_classes: int = 10,
+        in_chans: int = 1,
+        img_size: int | tuple[int, int] = 28,
+        drop_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if gate not in GATES:
+            raise ValueError(f'gate must be one of {", ".join(GATES)}, got {gate!r}.')
+        dd = {'device': device, 'dtype': dtype}
+        self.specialisation = SpecialisationConfig.pop_from(kwargs)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.drop_rate = drop_rate
+        self.num_features = self.head_hidden_size = features = expert.hidden[-1]
+
+        def build(trunk: Trunk) -> nn.Sequential:
+            return trunk.build(in_chans, self.img_size, **dd)
+
+        self.experts = nn.ModuleList(Expert(build(expert), features, num_classes, **dd) for _ in range(num_experts))
+        self.gate: nn.Module | None = None
+        if num_experts > 1 and gate == 'softmax':
+            self.gate = SoftmaxGate(build(gate_trunk), features, num_experts, **dd)
+        elif num_experts > 1:
+            self.gate = AttentiveGate(build(gate_trunk), features, **dd)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images to (B, experts, num_features + 1): hidden vectors, and the gate of each expert at the end."""
+        self.check_images(x)
+        hidden = torch.stack([expert.trunk(x) for expert in self.experts], 1)
+        gates = hidden.new_ones(len(x), 1) if self.gate is None else self.gate(x, hidden)
+        return torch.cat([hidden.to(gates.dtype), gates[..., None]], 2)
+
+    def expert_logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden vectors (B, experts, num_features) to the logits of each expert (B, experts, num_classes)."""
+        hidden = F.dropout(F.relu(hidden), self.drop_rate, self.training)
+        return torch.stack([expert.head(hidden[:, i]) for i, expert in enumerate(self.experts)], 1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        hidden, gates = x[..., :-1], x[..., -1]
+        return log_mixture(self.expert_logits(hidden), gates)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to the log of the mixed probabilities (B, num_classes)."""
+        features = self.forward_features(x)
+        hidden, gates = features[..., :-1], features[..., -1]
+        logits = self.expert_logits(hidden)
+        self.leave_record(MixtureRecord([gates], predicted_by_chosen(gates, logits), x))
+        return log_mixture(logits, gates)
+
+    @torch.no_grad()
+    def look(self, x: Tensor) -> MixtureRecord:
+        features = self.forward_features(x)
+        gates = features[..., -1]
+        return MixtureRecord([gates], predicted_by_chosen(gates, self.expert_logits(features[..., :-1])), x)
+
+
+def log_mixture(logits: Tensor, gates: Tensor) -> Tensor:
+    """log sum_e p(e|x) softmax(logits_e), at least in float32.
+
+    Args:
+        logits: of each expert, shape (B, experts, classes).
+        gates: p(e|x), shape (B, experts).
+    """
+    smallest = torch.finfo(gates.dtype).tiny  # the gradient of the logarithm stays finite
+    return (gates.clamp_min(smallest).log()[..., None] + logits.to(gates.dtype).log_softmax(2)).logsumexp(1)
+
+
+def predicted_by_chosen(gates: Tensor, logits: Tensor) -> Tensor:
+    """Class that the expert with the largest gate predicts, shape (B,)."""
+    chosen = gates.argmax(1)
+    return logits.argmax(2).gather(1, chosen[:, None])[:, 0]
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+
+def _create_specialised_moe(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    if kwargs.get('features_only'):
+        raise RuntimeError(f'features_only is not implemented for {variant}: each expert has features of its own.')
+    return build_with_checks(SpecialisedMoE, variant, pretrained, **kwargs)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 10,
+        'input_size': (1, 28, 28),
+        'fixed_input_size': True,
+        'pool_size': None,
+        'crop_pct': 1.0,
+        'interpolation': 'bilinear',
+        'mean': (0.1307,),
+        'std': (0.3081,),
+        'classifier': tuple(f'experts.{i}.head' for i in range(5)),
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'moe_mnist': _cfg(),
+        'moe_fashion_mnist': _cfg(mean=(0.2859,), std=(0.3530,)),
+        'moe_cifar100': _cfg(
+            num_classes=100,
+            input_size=(3, 32, 32),
+            mean=CIFAR100_MEAN,
+            std=CIFAR100_STD,
+            classifier=tuple(f'experts.{i}.head' for i in range(20)),
+        ),
+    }
+)
+
+
+@register_model
+def moe_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """5 experts of 1,382 parameters for 28x28 grey images."""
+    model_args = dict(expert=Trunk((1,), (5, 32)), gate_trunk=Trunk((1,), (128, 32)))
+    return _create_specialised_moe('moe_mnist', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def moe_fashion_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """5 experts for 28x28 grey images of clothes."""
+    model_args = dict(expert=Trunk((1,), (64, 32)), gate_trunk=Trunk((8,), (512, 32), norms=(0,)))
+    return _create_specialised_moe('moe_fashion_mnist', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def moe_cifar100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """20 experts for 32x32 images of 100 classes."""
+    model_args = dict(
+        expert=Trunk((16, 32, 64, 128), (1024, 256), norms=(1, 3), padding=1),
+        gate_trunk=Trunk((64, 128, 256, 512), (1024, 256), norms=(1, 3), padding=1),
+        num_experts=20,
+        num_classes=100,
+        in_chans=3,
+        img_size=32,
+    )
+    return _create_specialised_moe('moe_cifar100', pretrained, **dict(model_args, **kwargs))
