@@ -44,6 +44,11 @@ class SpecialisationConfig:
             )
 
     @property
+    def active(self) -> bool:
+        """Whether there is any loss."""
+        return self.importance_loss_weight > 0 or self.needs_samples
+
+    @property
     def needs_samples(self) -> bool:
         """Whether a loss asks for distances between samples."""
         return any(self.similarity_loss_weight)

@@ -20,13 +20,13 @@ Distilled = Literal['output', 'gate']
 DISTILLED = (None, 'output', 'gate')
 
 
-class Trunk(NamedTuple):
+class Sizes(NamedTuple):
     """Sizes of a network up to its last hidden layer.
 
     Attributes:
         channels: outputs of each 3x3 convolution, which ReLU and 2x2 max pooling follow.
-        norms: which convolutions, counted from 0, a batch norm follows.
         hidden: outputs of each linear layer; ReLU between them, none after the last.
+        norms: which convolutions, counted from 0, a batch norm follows, before the ReLU.
         padding: of the convolutions.
     """
 
@@ -35,62 +35,83 @@ class Trunk(NamedTuple):
     norms: Sequence[int] = ()
     padding: int = 0
 
-    def build(self, in_chans: int, img_size: tuple[int, int], **dd: Any) -> nn.Sequential:
-        layers: list[nn.Module] = []
+
+class Branch(nn.Module):
+    """An expert, or the network of a gate: `start` is the first convolution with ReLU and pooling, `trunk` the rest up
+    to the last hidden layer before its ReLU, `head` what reads that layer.
+
+    Args:
+        outputs: of the head; 0 for none.
+    """
+
+    def __init__(self, sizes: Sizes, in_chans: int, img_size: tuple[int, int], outputs: int, **dd: Any) -> None:
+        super().__init__()
+        stages: list[nn.Sequential] = []
         height, width = img_size
-        for i, channels in enumerate(self.channels):
-            layers.append(nn.Conv2d(in_chans, channels, 3, padding=self.padding, **dd))
-            if i in self.norms:
-                layers.append(nn.BatchNorm2d(channels, **dd))
-            layers += [nn.ReLU(), nn.MaxPool2d(2)]
-            height, width = ((side + 2 * self.padding - 2) // 2 for side in (height, width))
+        for i, channels in enumerate(sizes.channels):
+            norm = [nn.BatchNorm2d(channels, **dd)] if i in sizes.norms else []
+            conv = nn.Conv2d(in_chans, channels, 3, padding=sizes.padding, **dd)
+            stages.append(nn.Sequential(conv, *norm, nn.ReLU(), nn.MaxPool2d(2)))
+            height, width = ((side + 2 * sizes.padding - 2) // 2 for side in (height, width))
             in_chans = channels
         if height < 1 or width < 1:
-            raise ValueError(f'img_size={img_size} is too small for {len(self.channels)} convolutions with pooling.')
-        layers.append(nn.Flatten())
+            raise ValueError(f'img_size={img_size} is too small for {len(sizes.channels)} convolutions with pooling.')
+        self.start = stages[0]
+        layers: list[nn.Module] = [*stages[1:], nn.Flatten()]
         features = in_chans * height * width
-        for i, hidden in enumerate(self.hidden):
+        for i, hidden in enumerate(sizes.hidden):
             layers += [nn.ReLU()] if i else []
             layers.append(nn.Linear(features, hidden, **dd))
             features = hidden
-        return nn.Sequential(*layers)
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Linear(features, outputs, **dd) if outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, C, H, W) to the hidden vectors (B, h)."""
+        return self.trunk(self.start(x))
 
 
-class Expert(nn.Module):
-    """A classifier of its own: `trunk` to the last hidden layer before its ReLU, `head` to logits."""
+def start_together(branches: Sequence[Branch], x: Tensor) -> list[Tensor]:
+    """The starts of all branches on the same images (B, C, H, W).
 
-    def __init__(self, trunk: nn.Sequential, features: int, num_classes: int, **dd: Any) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.head = nn.Linear(features, num_classes, **dd)
+    On grey images their convolutions are too small to run well one by one. Those without norm become one product: of
+    the pixels that one output of the pooling sees, and of all kernels at the four places where it looks.
+    """
+    joined = [branch for branch in branches if x.shape[1] == 1 and len(branch.start) == 3]
+    if not joined:
+        return [branch.start(x) for branch in branches]
+    convs = [branch.start[0] for branch in joined]
+    kernels = torch.cat([conv.weight for conv in convs])
+    bias = torch.cat([conv.bias for conv in convs])
+    places = [F.pad(kernels, (dx, 1 - dx, dy, 1 - dy)) for dy in (0, 1) for dx in (0, 1)]
+    seen = F.pad(x[:, 0], [convs[0].padding[0]] * 4).unfold(1, 4, 2).unfold(2, 4, 2)
+    outputs = torch.stack(places, 1).flatten(2).flatten(0, 1) @ seen.permute(3, 4, 0, 1, 2).reshape(16, -1)
+    outputs = F.relu(outputs.unflatten(0, (-1, 4)).amax(1) + bias[:, None])
+    parts = outputs.unflatten(1, seen.shape[:3]).split([len(conv.weight) for conv in convs])
+    pooled = dict(zip(joined, (part.transpose(0, 1) for part in parts), strict=True))
+    return [pooled[branch] if branch in pooled else branch.start(x) for branch in branches]
 
 
-class SoftmaxGate(nn.Module):
+class SoftmaxGate(Branch):
     """The original gate: a network of its own with one output for each expert."""
 
-    def __init__(self, trunk: nn.Sequential, features: int, num_experts: int, **dd: Any) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.head = nn.Linear(features, num_experts, **dd)
-
-    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Map images (B, C, H, W) to p(e|x), (B, experts), at least in float32."""
-        return _softmax(self.head(F.relu(self.trunk(x))))
+    def score(self, own: Tensor, hidden: Tensor) -> Tensor:
+        """Map the hidden vectors of the gate (B, h) to one score for each expert, (B, experts)."""
+        return self.head(F.relu(own))
 
 
-class AttentiveGate(nn.Module):
-    """p(e|x) is the softmax over experts of (W_q g(x)) . (W_k h_e(x)) / sqrt(h); gradient flows into the experts."""
+class AttentiveGate(Branch):
+    """Scores are (W_q g(x)) . (W_k h_e(x)) / sqrt(h): gradient flows into the experts."""
 
-    def __init__(self, trunk: nn.Sequential, features: int, **dd: Any) -> None:
-        super().__init__()
-        self.trunk = trunk
+    def __init__(self, sizes: Sizes, in_chans: int, img_size: tuple[int, int], **dd: Any) -> None:
+        super().__init__(sizes, in_chans, img_size, 0, **dd)
+        features = sizes.hidden[-1]
         self.query = nn.Linear(features, features, bias=False, **dd)
         self.key = nn.Linear(features, features, bias=False, **dd)
 
-    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """Map images (B, C, H, W) and the hidden vectors of the experts (B, experts, h) to p(e|x), (B, experts)."""
-        query = self.query(self.trunk(x)) / math.sqrt(hidden.shape[2])
-        return _softmax(torch.einsum('bh,beh->be', query, self.key(hidden)))
+    def score(self, own: Tensor, hidden: Tensor) -> Tensor:
+        """Map the hidden vectors of the gate (B, h) and of the experts (B, experts, h) to scores (B, experts)."""
+        return torch.einsum('bh,beh->be', self.query(own) / math.sqrt(own.shape[1]), self.key(hidden))
 
 
 class SpecialisedMoE(Mixture):
@@ -99,7 +120,7 @@ class SpecialisedMoE(Mixture):
     Features are, for each expert, the last hidden vector before its ReLU, and its gate behind it.
 
     Args:
-        expert, gate_trunk: sizes of the experts and of the gate's network; their last hidden layers are equally wide.
+        expert, gate_sizes: sizes of the experts and of the gate's network; their last hidden layers are equally wide.
         num_experts: 1 is the single network, without gate.
         gate: 'softmax' or 'attentive'.
         distilled: experts, and their norm statistics, stay as a checkpoint of the attentive gate has them, and an
@@ -113,8 +134,8 @@ class SpecialisedMoE(Mixture):
 
     def __init__(
         self,
-        expert: Trunk,
-        gate_trunk: Trunk,
+        expert: Sizes,
+        gate_sizes: Sizes,
         num_experts: int = 5,
         gate: Gate = 'softmax',
         distilled: Distilled | None = None,
@@ -135,24 +156,25 @@ class SpecialisedMoE(Mixture):
         self.in_chans = in_chans
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.drop_rate = drop_rate
-        self.num_features = self.head_hidden_size = features = expert.hidden[-1]
-
-        def build(trunk: Trunk) -> nn.Sequential:
-            return trunk.build(in_chans, self.img_size, **dd)
-
-        self.experts = nn.ModuleList(Expert(build(expert), features, num_classes, **dd) for _ in range(num_experts))
-        self.gate: nn.Module | None = None
-        if num_experts > 1 and gate == 'softmax':
-            self.gate = SoftmaxGate(build(gate_trunk), features, num_experts, **dd)
-        elif num_experts > 1:
-            self.gate = AttentiveGate(build(gate_trunk), features, **dd)
+        self.num_features = self.head_hidden_size = expert.hidden[-1]
+        shape = (in_chans, self.img_size)
+        self.experts = nn.ModuleList(Branch(expert, *shape, num_classes, **dd) for _ in range(num_experts))
+        self.gate: SoftmaxGate | AttentiveGate | None = None
+        if num_experts > 1:
+            softmax = gate == 'softmax'
+            self.gate = (
+                SoftmaxGate(gate_sizes, *shape, num_experts, **dd) if softmax else AttentiveGate(gate_sizes, *shape, **dd)
+            )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images to (B, experts, num_features + 1): hidden vectors, and the gate of each expert at the end."""
         self.check_images(x)
-        hidden = torch.stack([expert.trunk(x) for expert in self.experts], 1)
-        gates = hidden.new_ones(len(x), 1) if self.gate is None else self.gate(x, hidden)
-        return torch.cat([hidden.to(gates.dtype), gates[..., None]], 2)
+        branches = [*self.experts] if self.gate is None else [*self.experts, self.gate]
+        own = [branch.trunk(start) for branch, start in zip(branches, start_together(branches, x), strict=True)]
+        hidden = torch.stack(own[: len(self.experts)], 1)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scores = hidden.new_zeros(len(x), 1) if self.gate is None else self.gate.score(own[-1], hidden)
+        return torch.cat([hidden.to(dtype), scores.softmax(1, dtype=dtype)[..., None]], 2)
 
     def expert_logits(self, hidden: Tensor) -> Tensor:
         """Map hidden vectors (B, experts, num_features) to the logits of each expert (B, experts, num_classes)."""
@@ -195,10 +217,6 @@ def predicted_by_chosen(gates: Tensor, logits: Tensor) -> Tensor:
     return logits.argmax(2).gather(1, chosen[:, None])[:, 0]
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
-
-
 def _create_specialised_moe(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     if kwargs.get('features_only'):
         raise RuntimeError(f'features_only is not implemented for {variant}: each expert has features of its own.')
@@ -239,14 +257,14 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def moe_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """5 experts of 1,382 parameters for 28x28 grey images."""
-    model_args = dict(expert=Trunk((1,), (5, 32)), gate_trunk=Trunk((1,), (128, 32)))
+    model_args = dict(expert=Sizes((1,), (5, 32)), gate_sizes=Sizes((1,), (128, 32)))
     return _create_specialised_moe('moe_mnist', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def moe_fashion_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """5 experts for 28x28 grey images of clothes."""
-    model_args = dict(expert=Trunk((1,), (64, 32)), gate_trunk=Trunk((8,), (512, 32), norms=(0,)))
+    model_args = dict(expert=Sizes((1,), (64, 32)), gate_sizes=Sizes((8,), (512, 32), norms=(0,)))
     return _create_specialised_moe('moe_fashion_mnist', pretrained, **dict(model_args, **kwargs))
 
 
@@ -254,8 +272,8 @@ def moe_fashion_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 def moe_cifar100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """20 experts for 32x32 images of 100 classes."""
     model_args = dict(
-        expert=Trunk((16, 32, 64, 128), (1024, 256), norms=(1, 3), padding=1),
-        gate_trunk=Trunk((64, 128, 256, 512), (1024, 256), norms=(1, 3), padding=1),
+        expert=Sizes((16, 32, 64, 128), (1024, 256), norms=(1, 3), padding=1),
+        gate_sizes=Sizes((64, 128, 256, 512), (1024, 256), norms=(1, 3), padding=1),
         num_experts=20,
         num_classes=100,
         in_chans=3,

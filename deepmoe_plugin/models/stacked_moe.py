@@ -59,7 +59,8 @@ class MixtureLayer(nn.Module):
         if self.gate is None:
             return outputs, None
         gates = self.balance(self.gate(x))
-        return torch.einsum('be,beh->bh', gates.to(outputs.dtype), outputs.unflatten(1, (self.num_experts, -1))), gates
+        outputs = outputs.unflatten(1, (self.num_experts, -1))
+        return (outputs * gates.to(outputs.dtype)[..., None]).sum(1), gates
 
 
 class StackedMoE(Mixture):
