@@ -11,9 +11,8 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from ..experts import expert_widths
+from ..experts import GatedNetwork, expert_widths
 from ..gating import GatingNetwork
-from ..network import DeepMoE
 from . import ragged
 from .conv import FoldedSequence, GatherConv, WeightCache
 from .fold import eval_view, fingerprint, flatten
@@ -347,7 +346,7 @@ class SparseNetwork(nn.Module):
         masked: run the masked network instead, which calibration found faster.
     """
 
-    def __init__(self, network: DeepMoE, cache_mb: float = 128) -> None:
+    def __init__(self, network: GatedNetwork, cache_mb: float = 128) -> None:
         super().__init__()
         self.network = network
         self.cache_mb = cache_mb
