@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .experts import check_number
+from .arguments import check_weight
 
 # Totals are whole numbers of 2**-24 examples: no cast of the model rounds them, and sums do not depend on their order.
 UNITS_PER_EXAMPLE = 2**24
@@ -35,11 +35,7 @@ class BalancedSoftmax(nn.Module):
     def __init__(self, num_experts: int, margin: float | None, device: torch.device | str | None = None) -> None:
         super().__init__()
         if margin is not None:
-            check_number('balance_margin', margin)
-            if not (math.isfinite(margin) and margin >= 0):
-                raise ValueError(
-                    f'balance_margin must be a finite number of examples >= 0, or None (off), got {margin}.'
-                )
+            check_weight('balance_margin', margin)
         self.margin = margin
         self.units: Tensor
         self.register_buffer('units', torch.zeros(num_experts, dtype=torch.long, device=device))
@@ -84,19 +80,20 @@ def closed_gates(logits: np.ndarray, units: np.ndarray, margin: float) -> tuple[
     """
     logits = np.nan_to_num(logits)
     # However far ahead an expert is, the others keep a weight that can be divided by, for the case that it is closed.
-    weights = np.exp(np.maximum(logits - logits.max(1, keepdims=True), -700))
+    weights = np.exp(np.maximum(logits - logits.max(1, keepdims=True), -600))
     # Only how far totals are apart matters; their differences are small enough to be exact in float64.
     start = (units - units.min()).astype(np.float64)
     limit = round(margin * UNITS_PER_EXAMPLE) * len(units)
     own = start + _units(weights)
     closed = np.zeros(logits.shape, dtype=bool)
-    while True:
+    for _ in range(len(logits) + 1):
         counted = _units(np.where(closed, 0, weights))
         totals = own - counted + counted.cumsum(0)
         found = len(units) * totals - totals.sum(1, keepdims=True) > limit
         if np.array_equal(found, closed):
-            return closed, counted.sum(0).astype(np.int64)
+            break
         closed = found
+    return closed, counted.sum(0).astype(np.int64)
 
 
 def _units(weights: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from .digits import Digits, draw_shifts, pad, shift
 from .information import gate_entropy, mutual_information, use_entropy
 from .mixture import Mixture
+from .terms import gating_terms
 
 # Options of train.py that this understands, and their values there. Others are refused: they would be left out.
 OPTIONS: dict[str, Any] = {
@@ -93,13 +93,11 @@ def read_options(config: dict[str, Any]) -> dict[str, Any]:
     """
     unknown = sorted(set(config) - set(OPTIONS) - set(IGNORED))
     if unknown:
-        raise ValueError(f'Training in memory has no option {unknown[0]}: leave it out, or use timm\'s train.py.')
+        raise ValueError(f"Training in memory has no option {unknown[0]}: leave it out, or use timm's train.py.")
     return {**OPTIONS, **{name: value for name, value in config.items() if name in OPTIONS}}
 
 
-def train_digits(
-    options: dict[str, Any], model: nn.Module, data: DigitData, seed: int, log: Any = print
-) -> nn.Module:
+def train_digits(options: dict[str, Any], model: nn.Module, data: DigitData, seed: int, log: Any = print) -> nn.Module:
     """Train a network with the options of `read_options`; returns it."""
     rng = np.random.default_rng(seed)
     criterion = nn.CrossEntropyLoss()
@@ -127,9 +125,8 @@ def train_digits(
         started, total, step = time.perf_counter(), torch.zeros(()), epoch * steps
         for images, labels in data.epoch(options['batch_size'], rng):
             loss = criterion(model(images), labels)
-            if isinstance(model, Mixture) and model.specialisation.active:
-                terms = model.take_terms(labels)
-                loss = loss + sum(value for name, value in terms.items() if name.startswith('loss_'))
+            terms = gating_terms(model, labels, criterion, loss)
+            loss = loss + sum(value for name, value in terms.items() if 'loss' in name)
             total += loss.detach()
             optimizer.zero_grad()
             loss.backward()
@@ -164,13 +161,15 @@ def test_digits(model: nn.Module, data: DigitData) -> dict[str, Any]:
     for layer in zip(*gates, strict=True):
         all_gates = torch.cat(layer)
         chosen = all_gates.argmax(1)
-        result.setdefault('layers', []).append({
-            'gate_entropy': float(gate_entropy(all_gates)),
-            'use_entropy': float(use_entropy(all_gates)),
-            'prediction_information': float(mutual_information(chosen, torch.cat(predicted))),
-            'class_information': float(mutual_information(chosen, truth)),
-            'shift_information': float(mutual_information(chosen, places)),
-            'mean_gates': all_gates.mean(0).tolist(),
-            'chosen_share': (torch.bincount(chosen, minlength=all_gates.shape[1]) / len(chosen)).tolist(),
-        })
+        result.setdefault('layers', []).append(
+            {
+                'gate_entropy': float(gate_entropy(all_gates)),
+                'use_entropy': float(use_entropy(all_gates)),
+                'prediction_information': float(mutual_information(chosen, torch.cat(predicted))),
+                'class_information': float(mutual_information(chosen, truth)),
+                'shift_information': float(mutual_information(chosen, places)),
+                'mean_gates': all_gates.mean(0).tolist(),
+                'chosen_share': (torch.bincount(chosen, minlength=all_gates.shape[1]) / len(chosen)).tolist(),
+            }
+        )
     return result

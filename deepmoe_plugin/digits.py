@@ -4,13 +4,10 @@ A jittered image is a window of a digit with a black border. Training takes fres
 each digit, drawn once.
 """
 
-import csv
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 MAX_SHIFT = 4
 """Pixels by which digits are moved at most, to each side."""

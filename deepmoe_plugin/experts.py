@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+from .arguments import check_number
 from .gating import GatingNetwork
-from .gating.config import check_number
 
 
 class ExpertLayer(NamedTuple):

@@ -1,13 +1,16 @@
 """What networks that mix experts with softmax gates share: their terms of the loss and of the log, and their checks."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .arguments import check_whole
 from .information import gate_entropy, mutual_information, use_entropy
 from .specialisation import SpecialisationConfig
+from .terms import Criterion, Passes, Terms, TermSource
+from .tracing import is_traced
 
 
 class MixtureRecord(NamedTuple):
@@ -24,7 +27,7 @@ class MixtureRecord(NamedTuple):
     images: Tensor
 
 
-class Mixture(nn.Module):
+class Mixture(TermSource):
     """Mixin of networks whose gates sum to one in every layer.
 
     Attributes:
@@ -37,38 +40,49 @@ class Mixture(nn.Module):
         in_chans: int
         img_size: tuple[int, int]
 
-    _record: MixtureRecord | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self._passes = Passes()
 
     def look(self, x: Tensor) -> MixtureRecord:
-        """What the network does with images (B, in_chans, H, W)."""
+        """What the network does with images (B, in_chans, H, W), in the mode that it is in."""
         raise NotImplementedError
 
-    def leave_record(self, record: MixtureRecord) -> None:
-        """Keep what a training pass did for its loss."""
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_exporting():
-            self._record = record
+    @property
+    def has_gates(self) -> bool:
+        """Whether there is anything to choose."""
+        raise NotImplementedError
 
-    def take_terms(self, target: Tensor | None = None, criterion: Any = None) -> dict[str, Tensor]:
-        record, self._record = self._record, None
-        return {} if record is None else self.terms_of(record, target)
+    @property
+    def passes(self) -> Passes:
+        """What the training passes left."""
+        return self._passes
 
-    def terms_of(self, record: MixtureRecord, target: Tensor | None) -> dict[str, Tensor]:
+    @property
+    def expects_terms(self) -> bool:
+        """Whether a forward pass would leave terms."""
+        return self.training and self.has_gates
+
+    def leave(self, gates: list[Tensor], predicted: Tensor, images: Tensor, output: Tensor) -> Tensor:
+        """Leave the record of a training pass; returns `output`, to be used in its place."""
+        if not self.expects_terms or not self.passes.wanted(images):
+            return output
+        return self.passes.leave(MixtureRecord(gates, predicted, images), output)
+
+    def terms(self, record: MixtureRecord, target: Any, criterion: Criterion | None) -> Terms:
         """Losses on the gates, weighted, and what the log shows of them, in bits.
 
-        With several layers, the names of what the log shows end in the number of the layer.
+        With several layers, the losses add up, and the names of the rest end in the number of the layer.
         """
-        terms: dict[str, Tensor] = {}
+        terms: Terms = {}
         for gates in record.gates:
             for name, value in self.specialisation.terms(gates, record.images).items():
                 terms[name] = terms[name] + value if name in terms else value
         for i, gates in enumerate(record.gates):
             suffix = f'_{i + 1}' if len(record.gates) > 1 else ''
-            terms.update({name + suffix: value for name, value in log_entries(gates, record.predicted, target).items()})
+            entries = specialisation_of(gates, record.predicted, target if _is_class(target) else None)
+            terms.update({name + suffix: value for name, value in entries.items()})
         return terms
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy (EMA, deepcopy, pickle) starts without a pending record: its graph belongs to this module.
-        return {**self.__dict__, '_record': None}
 
     def check_images(self, x: Tensor) -> None:
         """Check the shape and the type of images.
@@ -76,6 +90,8 @@ class Mixture(nn.Module):
         Raises:
             ValueError: they do not fit; the message says how to mend it.
         """
+        if is_traced(x):
+            return
         expected = (self.in_chans, *self.img_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(
@@ -86,18 +102,56 @@ class Mixture(nn.Module):
             raise ValueError(f'Expected floating-point images, got {x.dtype}: scale and normalise them first.')
 
 
+def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width from the argument `img_size`.
+
+    Raises:
+        ValueError: it is neither one whole number nor two.
+    """
+    sides = [img_size, img_size] if isinstance(img_size, int) else list(img_size)
+    for side in sides:
+        check_whole('img_size', side)
+    if len(sides) != 2:
+        raise ValueError(f'img_size must be one or two whole numbers, got {img_size!r}.')
+    return sides[0], sides[1]
+
+
+def refuse_pooling(global_pool: str | None) -> None:
+    """Refuse a pooling of features that are vectors.
+
+    Raises:
+        ValueError: one is asked for.
+    """
+    if global_pool:
+        raise ValueError(f'global_pool={global_pool!r} has no meaning for features that are vectors: leave it out.')
+
+
+def refuse_checkpointing(enable: bool) -> None:
+    """Refuse gradient checkpointing, which would count examples twice and save nothing on networks this small.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if enable:
+        raise ValueError('Gradient checkpointing is not supported by this network: leave out --grad-checkpointing.')
+
+
+def _is_class(target: Any) -> bool:
+    return isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
+
+
 @torch.no_grad()
-def log_entries(gates: Tensor, predicted: Tensor, target: Tensor | None) -> dict[str, Tensor]:
-    """What the log shows of the gates of a batch, in bits.
+def specialisation_of(gates: Tensor, predicted: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+    """How sure and how even the choice of experts is, and what it tells, in bits.
 
     Args:
         gates: p(e|x), shape (B, experts).
         predicted: class that the chosen expert predicts, shape (B,).
-        target: true class, shape (B,); others (soft, several labels) are left out.
+        target: true class, shape (B,).
 
     Returns:
-        `gate_entropy` (H_s), `use_entropy` (H_u), `prediction_information` (I(E;Y), with the predicted class), and
-        `class_information` (with the true class).
+        `gate_entropy` (H_s), `use_entropy` (H_u), `prediction_information` (I(E;Y) of Krishnamurthy et al., with the
+        predicted class) and, with a target, `class_information` (with the true class).
     """
     chosen = gates.argmax(1)
     entries = {
@@ -105,6 +159,6 @@ def log_entries(gates: Tensor, predicted: Tensor, target: Tensor | None) -> dict
         'use_entropy': use_entropy(gates),
         'prediction_information': mutual_information(chosen, predicted),
     }
-    if target is not None and target.ndim == 1 and not target.is_floating_point():
+    if target is not None:
         entries['class_information'] = mutual_information(chosen, target)
     return entries

@@ -1,14 +1,13 @@
 """Losses that make experts specialise (Krishnamurthy, Watkins, Gaertner 2023), for any gates that sum to one."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .experts import check_number
+from .arguments import check_weight
 
 SimilarityNorm = Literal['batch', 'pairs']
 SIMILARITY_NORMS = ('batch', 'pairs')
@@ -32,12 +31,12 @@ class SpecialisationConfig:
     """See `similarity_loss`."""
 
     def __post_init__(self) -> None:
-        _check_weight('importance_loss_weight', self.importance_loss_weight)
+        check_weight('importance_loss_weight', self.importance_loss_weight)
         betas = self.similarity_loss_weight
         if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
             raise ValueError(f'similarity_loss_weight must be two numbers (beta_s, beta_d), got {betas!r}.')
         for beta in betas:
-            _check_weight('similarity_loss_weight', beta)
+            check_weight('similarity_loss_weight', beta)
         if self.similarity_norm not in SIMILARITY_NORMS:
             raise ValueError(
                 f'similarity_norm must be one of {", ".join(SIMILARITY_NORMS)}, got {self.similarity_norm!r}.'
@@ -78,12 +77,6 @@ class SpecialisationConfig:
             beta_s, beta_d = self.similarity_loss_weight
             terms['loss_similarity'] = similarity_loss(gates, distances, beta_s, beta_d, self.similarity_norm)
         return terms
-
-
-def _check_weight(name: str, value: Any) -> None:
-    check_number(name, value)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f'{name} must be finite and >= 0, got {value}.')
 
 
 def importance_loss(gates: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Arguments of the gating network."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any, Literal
+
+from ..arguments import check_number, check_weight, check_whole, is_whole
 
 GATE_NORMS = ('mean', 'sum', 'macs')
 GateNorm = Literal['mean', 'sum', 'macs']
@@ -37,19 +37,15 @@ class GatingConfig:
     """Widths of the stride-2 layers of the shallow embedding."""
 
     def __post_init__(self) -> None:
-        if not _is_width(self.num_latent_experts):
-            raise ValueError(f'num_latent_experts must be a whole number >= 1, got {self.num_latent_experts!r}.')
+        check_whole('num_latent_experts', self.num_latent_experts)
         if not isinstance(self.freeze_gating, bool):
             raise ValueError(f'freeze_gating must be True or False, got {self.freeze_gating!r}.')
         if self.gate_norm not in GATE_NORMS:
             raise ValueError(f'gate_norm must be one of {", ".join(GATE_NORMS)}, got {self.gate_norm!r}.')
         for name in ('gate_loss_weight', 'embed_loss_weight'):
             value = getattr(self, name)
-            if value is None:
-                continue
-            check_number(name, value)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f'{name} must be a finite number >= 0, got {value}.')
+            if value is not None:
+                check_weight(name, value)
         for name in ('target_kept', 'target_macs'):
             value = getattr(self, name)
             if value is None:
@@ -62,7 +58,7 @@ class GatingConfig:
         if self.has_target and self.gate_loss_weight == 0:
             raise ValueError('gate_loss_weight must be > 0 with target_kept or target_macs: it is where lambda starts.')
         channels = self.embedding_channels
-        if not isinstance(channels, Sequence) or not channels or not all(_is_width(width) for width in channels):
+        if not isinstance(channels, Sequence) or not channels or not all(is_whole(width) for width in channels):
             raise ValueError(f'embedding_channels must be a list of whole numbers >= 1, got {channels!r}.')
         if self.freeze_gating and (self.gate_loss_weight or self.embed_loss_weight or self.has_target):
             raise ValueError(
@@ -79,19 +75,3 @@ class GatingConfig:
         """Take this class's arguments out of a model's keyword arguments."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: kwargs.pop(name) for name in names if name in kwargs})
-
-
-def _is_width(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
-def check_number(name: str, value: object) -> None:
-    """Refuse anything but a number as the value of the argument `name`.
-
-    Raises:
-        ValueError: names the argument, and the remedy for the text that YAML makes of `1e-3`.
-    """
-    if isinstance(value, str):
-        raise ValueError(f'{name} must be a number, got the text {value!r}: in YAML, write 1.0e-3 instead of 1e-3.')
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f'{name} must be a number, got {value!r}.')

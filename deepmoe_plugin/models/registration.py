@@ -20,7 +20,7 @@ _IMAGENET = {
     'std': IMAGENET_DEFAULT_STD,
     'license': 'apache-2.0',
 }
-_CIFAR = {
+CIFAR = {
     **_IMAGENET,
     'num_classes': 100,
     'input_size': (3, 32, 32),
@@ -29,6 +29,22 @@ _CIFAR = {
     'mean': (0.5071, 0.4865, 0.4409),
     'std': (0.2673, 0.2564, 0.2762),
 }
+
+
+class Network(NamedTuple):
+    """A network of the registry.
+
+    Attributes:
+        name: of the entry point.
+        title: its docstring.
+        args: arguments of the network class.
+        cfg: timm's default config.
+    """
+
+    name: str
+    title: str
+    args: dict[str, Any]
+    cfg: dict[str, Any]
 
 
 class Base(NamedTuple):
@@ -61,27 +77,38 @@ def register_family(
         first_conv, classifier: module names in the base network, as timm's default configs have them.
         bases: the table.
     """
-    family: Any = sys.modules[module]
     networks = [(f'{_PREFIXES[variant]}{base.name}', base, variant) for base in bases for variant in base.variants]
-    cfgs = {}
+    table = []
     for name, base, variant in networks:
-        common = _CIFAR if base.args.get('small_images') else _IMAGENET
+        common = CIFAR if base.args.get('small_images') else _IMAGENET
         convs = first_conv if variant == 'twin' else (first_conv, 'gating.embedding.layers.0.conv')
-        cfgs[name] = {**common, 'first_conv': convs, 'classifier': classifier, **base.cfg}
-    family.default_cfgs = generate_default_cfgs(cfgs)
-    for name, base, variant in networks:
         own: dict[str, Any] = {'wide': {'widen': 2}, 'narrow': {'widen': 1}, 'twin': {'gated': False}}[variant]
-        setattr(family, name, register_model(_entry_point(module, name, create, base.title, {**base.args, **own})))
+        kind = {'wide': 'Wide-DeepMoE on', 'narrow': 'Narrow-DeepMoE on', 'twin': 'Dense'}[variant]
+        cfg = {**common, 'first_conv': convs, 'classifier': classifier, **base.cfg}
+        table.append(Network(name, f'{kind} {base.title}.', {**base.args, **own}, cfg))
+    register_networks(module, create, table)
 
 
-def _entry_point(
-    module: str, name: str, create: Callable[..., nn.Module], title: str, args: dict[str, Any]
-) -> Callable[..., nn.Module]:
+def register_networks(module: str, create: Callable[..., nn.Module], networks: Iterable[Network]) -> None:
+    """Make entry points in a module, with their default configs, and register them with timm.
+
+    Args:
+        module: `__name__` of the module.
+        create: from (name, pretrained, **arguments) to the network.
+        networks: the table.
+    """
+    family: Any = sys.modules[module]
+    networks = list(networks)
+    family.default_cfgs = generate_default_cfgs({network.name: network.cfg for network in networks})
+    for network in networks:
+        setattr(family, network.name, register_model(_entry_point(module, create, network)))
+
+
+def _entry_point(module: str, create: Callable[..., nn.Module], network: Network) -> Callable[..., nn.Module]:
     def entry_point(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return create(name, pretrained, **{**args, **kwargs})
+        return create(network.name, pretrained, **{**network.args, **kwargs})
 
-    kind = {2: 'Wide-DeepMoE on', 1: 'Narrow-DeepMoE on', None: 'Dense'}[args.get('widen')]
-    entry_point.__name__ = entry_point.__qualname__ = name
+    entry_point.__name__ = entry_point.__qualname__ = network.name
     entry_point.__module__ = module
-    entry_point.__doc__ = f'{kind} {title}.'
+    entry_point.__doc__ = network.title
     return entry_point

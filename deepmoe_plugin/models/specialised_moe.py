@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arguments import check_whole
 from ..checkpoints import build_with_checks
-from ..mixture import Mixture, MixtureRecord
+from ..mixture import Mixture, MixtureRecord, image_size, refuse_checkpointing, refuse_pooling
 from ..specialisation import SpecialisationConfig
-from .deepmoe_resnet import CIFAR100_MEAN, CIFAR100_STD
+from .registration import CIFAR, Network, register_networks
 
 Gate = Literal['softmax', 'attentive']
 GATES = ('softmax', 'attentive')
 Distilled = Literal['output', 'gate']
-DISTILLED = (None, 'output', 'gate')
+DISTILLED = ('output', 'gate')
 
 
 class Sizes(NamedTuple):
@@ -77,7 +77,7 @@ def start_together(branches: Sequence[Branch], x: Tensor) -> list[Tensor]:
     On grey images their convolutions are too small to run well one by one. Those without norm become one product: of
     the pixels that one output of the pooling sees, and of all kernels at the four places where it looks.
     """
-    joined = [branch for branch in branches if x.shape[1] == 1 and len(branch.start) == 3]
+    joined: list[Any] = [branch for branch in branches if x.shape[1] == 1 and len(branch.start) == 3]
     if not joined:
         return [branch.start(x) for branch in branches]
     convs = [branch.start[0] for branch in joined]
@@ -117,14 +117,16 @@ class AttentiveGate(Branch):
 class SpecialisedMoE(Mixture):
     """y = sum_e p(e|x) softmax(logits_e(x)); the output is log y, so that cross-entropy of it is -log y.
 
-    Features are, for each expert, the last hidden vector before its ReLU, and its gate behind it.
+    Features are, for each expert, its last hidden vector before the ReLU, and behind it its gate. Without a classifier
+    the output is the mixture of the hidden vectors after the ReLU (our choice).
 
     Args:
-        expert, gate_sizes: sizes of the experts and of the gate's network; their last hidden layers are equally wide.
+        expert, gate_sizes: of the experts and of the gate's network; their last hidden layers are equally wide.
         num_experts: 1 is the single network, without gate.
         gate: 'softmax' or 'attentive'.
-        distilled: experts, and their norm statistics, stay as a checkpoint of the attentive gate has them, and an
-            ordinary output layer replaces its attention: 'output' trains that layer alone, 'gate' the whole gate.
+        distilled: the experts, norm statistics included, stay as a checkpoint of the attentive gate has them, and an
+            ordinary output layer takes the place of its attention: 'output' trains this layer alone, 'gate' the whole
+            network of the gate.
         drop_rate: dropout before the experts' last layers.
         **kwargs: the arguments of `SpecialisationConfig`.
 
@@ -141,7 +143,7 @@ class SpecialisedMoE(Mixture):
         distilled: Distilled | None = None,
         num_classes: int = 10,
         in_chans: int = 1,
-        img_size: int | tuple[int, int] = 28,
+        img_size: int | Sequence[int] = 28,
         drop_rate: float = 0.0,
         device: Any = None,
         dtype: Any = None,
@@ -150,54 +152,121 @@ class SpecialisedMoE(Mixture):
         super().__init__()
         if gate not in GATES:
             raise ValueError(f'gate must be one of {", ".join(GATES)}, got {gate!r}.')
-        dd = {'device': device, 'dtype': dtype}
+        if distilled not in (None, *DISTILLED):
+            raise ValueError(f'distilled must be None or one of {", ".join(DISTILLED)}, got {distilled!r}.')
+        if distilled and (gate != 'softmax' or num_experts == 1):
+            raise ValueError("distilled needs gate='softmax' and several experts: it replaces an attentive gate.")
+        check_whole('num_experts', num_experts)
         self.specialisation = SpecialisationConfig.pop_from(kwargs)
+        if kwargs:
+            raise TypeError(f'SpecialisedMoE has no argument {next(iter(kwargs))!r}.')
+        if num_experts == 1 and self.specialisation.active:
+            raise ValueError('num_experts=1 has no gate: importance_loss_weight and similarity_loss_weight need one.')
+        dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.img_size = image_size(img_size)
         self.drop_rate = drop_rate
+        self.distilled = distilled
         self.num_features = self.head_hidden_size = expert.hidden[-1]
         shape = (in_chans, self.img_size)
         self.experts = nn.ModuleList(Branch(expert, *shape, num_classes, **dd) for _ in range(num_experts))
         self.gate: SoftmaxGate | AttentiveGate | None = None
-        if num_experts > 1:
-            softmax = gate == 'softmax'
-            self.gate = (
-                SoftmaxGate(gate_sizes, *shape, num_experts, **dd) if softmax else AttentiveGate(gate_sizes, *shape, **dd)
-            )
+        if num_experts > 1 and gate == 'softmax':
+            self.gate = SoftmaxGate(gate_sizes, *shape, num_experts, **dd)
+        elif num_experts > 1:
+            self.gate = AttentiveGate(gate_sizes, *shape, **dd)
+        if distilled:
+            self.experts.requires_grad_(False)
+            self.register_load_state_dict_pre_hook(_replace_attention)
+        if distilled == 'output':
+            self.gate.start.requires_grad_(False)
+            self.gate.trunk.requires_grad_(False)
+        self.train()
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether there is anything to choose."""
+        return self.gate is not None
+
+    def train(self, mode: bool = True) -> 'SpecialisedMoE':
+        """Switch to training mode; the norm statistics of what is frozen do not move either."""
+        super().train(mode)
+        if self.distilled:
+            self.experts.eval()
+        if self.distilled == 'output':
+            self.gate.eval()
+        return self
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images to (B, experts, num_features + 1): hidden vectors, and the gate of each expert at the end."""
         self.check_images(x)
         branches = [*self.experts] if self.gate is None else [*self.experts, self.gate]
-        own = [branch.trunk(start) for branch, start in zip(branches, start_together(branches, x), strict=True)]
+        starts = start_together(branches, x) if self.training else [branch.start(x) for branch in branches]
+        own = [branch.trunk(start) for branch, start in zip(branches, starts, strict=True)]
         hidden = torch.stack(own[: len(self.experts)], 1)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         scores = hidden.new_zeros(len(x), 1) if self.gate is None else self.gate.score(own[-1], hidden)
         return torch.cat([hidden.to(dtype), scores.softmax(1, dtype=dtype)[..., None]], 2)
 
-    def expert_logits(self, hidden: Tensor) -> Tensor:
-        """Map hidden vectors (B, experts, num_features) to the logits of each expert (B, experts, num_classes)."""
-        hidden = F.dropout(F.relu(hidden), self.drop_rate, self.training)
+    def expert_logits(self, features: Tensor) -> Tensor:
+        """Map features to the logits of each expert, (B, experts, num_classes)."""
+        hidden = F.relu(features[..., :-1]).to(self.experts[0].head.weight.dtype)
+        hidden = F.dropout(hidden, self.drop_rate, self.training)
         return torch.stack([expert.head(hidden[:, i]) for i, expert in enumerate(self.experts)], 1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        hidden, gates = x[..., :-1], x[..., -1]
-        return log_mixture(self.expert_logits(hidden), gates)
+        """Map features to the log of the mixed probabilities, (B, num_classes), or to mixed hidden vectors."""
+        gates = x[..., -1]
+        if pre_logits or self.num_classes == 0:
+            return (F.relu(x[..., :-1]) * gates[..., None]).sum(1)
+        return log_mixture(self.expert_logits(x), gates)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images (B, in_chans, H, W) to the log of the mixed probabilities (B, num_classes)."""
+        """Map images (B, in_chans, H, W) to the log of the mixed probabilities, (B, num_classes)."""
         features = self.forward_features(x)
-        hidden, gates = features[..., :-1], features[..., -1]
-        logits = self.expert_logits(hidden)
-        self.leave_record(MixtureRecord([gates], predicted_by_chosen(gates, logits), x))
-        return log_mixture(logits, gates)
+        if self.num_classes == 0:
+            return self.forward_head(features)
+        gates, logits = features[..., -1], self.expert_logits(features)
+        return self.leave([gates], predicted_by_chosen(gates, logits), x, log_mixture(logits, gates))
 
     @torch.no_grad()
     def look(self, x: Tensor) -> MixtureRecord:
         features = self.forward_features(x)
         gates = features[..., -1]
-        return MixtureRecord([gates], predicted_by_chosen(gates, self.expert_logits(features[..., :-1])), x)
+        return MixtureRecord([gates], predicted_by_chosen(gates, self.expert_logits(features)), x)
+
+    def get_classifier(self) -> nn.ModuleList:
+        """The last layers of the experts."""
+        return nn.ModuleList(expert.head for expert in self.experts)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the last layer of each expert; none with `num_classes=0`."""
+        refuse_pooling(global_pool)
+        weight = next(self.parameters())
+        self.num_classes = num_classes
+        for expert in self.experts:
+            expert.head = None
+            if num_classes > 0:
+                expert.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        refuse_checkpointing(enable)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Depth of each parameter for layer-wise learning rates: starts, trunks, heads."""
+        del coarse
+        return {'stem': r'\.start\.', 'blocks': [(r'\.trunk\.', (0,)), (r'\.(head|query|key)\.', (99999,))]}
+
+
+def _replace_attention(model: SpecialisedMoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a checkpoint of the attentive gate load into a distilled one, which has an output layer of its own."""
+    attention = [f'{prefix}gate.{name}.weight' for name in ('query', 'key')]
+    if all(key in state_dict for key in attention):
+        for key in attention:
+            del state_dict[key]
+        for name, value in model.gate.head.state_dict().items():
+            state_dict[f'{prefix}gate.head.{name}'] = value
 
 
 def log_mixture(logits: Tensor, gates: Tensor) -> Tensor:
@@ -223,60 +292,50 @@ def _create_specialised_moe(variant: str, pretrained: bool = False, **kwargs: An
     return build_with_checks(SpecialisedMoE, variant, pretrained, **kwargs)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'num_classes': 10,
-        'input_size': (1, 28, 28),
-        'fixed_input_size': True,
-        'pool_size': None,
-        'crop_pct': 1.0,
-        'interpolation': 'bilinear',
-        'mean': (0.1307,),
-        'std': (0.3081,),
-        'classifier': tuple(f'experts.{i}.head' for i in range(5)),
-        'license': 'apache-2.0',
-        **kwargs,
-    }
+_GREY = {
+    'num_classes': 10,
+    'input_size': (1, 28, 28),
+    'fixed_input_size': True,
+    'pool_size': None,
+    'crop_pct': 1.0,
+    'interpolation': 'bilinear',
+    'first_conv': None,
+    'license': 'apache-2.0',
+}
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        'moe_mnist': _cfg(),
-        'moe_fashion_mnist': _cfg(mean=(0.2859,), std=(0.3530,)),
-        'moe_cifar100': _cfg(
-            num_classes=100,
-            input_size=(3, 32, 32),
-            mean=CIFAR100_MEAN,
-            std=CIFAR100_STD,
-            classifier=tuple(f'experts.{i}.head' for i in range(20)),
+def _heads(num_experts: int) -> tuple[str, ...]:
+    return tuple(f'experts.{i}.head' for i in range(num_experts))
+
+
+register_networks(
+    __name__,
+    _create_specialised_moe,
+    (
+        Network(
+            'moe_mnist',
+            'Mixture of 5 experts of 1,382 parameters for digits.',
+            dict(expert=Sizes((1,), (5, 32)), gate_sizes=Sizes((1,), (128, 32))),
+            {**_GREY, 'mean': (0.1307,), 'std': (0.3081,), 'classifier': _heads(5)},
         ),
-    }
+        Network(
+            'moe_fashion_mnist',
+            'Mixture of 5 experts for grey images of clothes.',
+            dict(expert=Sizes((1,), (64, 32)), gate_sizes=Sizes((8,), (512, 32), norms=(0,))),
+            {**_GREY, 'mean': (0.2859,), 'std': (0.3530,), 'classifier': _heads(5)},
+        ),
+        Network(
+            'moe_cifar100',
+            'Mixture of 20 experts for 32x32 images of 100 classes.',
+            dict(
+                expert=Sizes((16, 32, 64, 128), (1024, 256), norms=(1, 3), padding=1),
+                gate_sizes=Sizes((64, 128, 256, 512), (1024, 256), norms=(1, 3), padding=1),
+                num_experts=20,
+                num_classes=100,
+                in_chans=3,
+                img_size=32,
+            ),
+            {**CIFAR, 'pool_size': None, 'fixed_input_size': True, 'first_conv': None, 'classifier': _heads(20)},
+        ),
+    ),
 )
-
-
-@register_model
-def moe_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """5 experts of 1,382 parameters for 28x28 grey images."""
-    model_args = dict(expert=Sizes((1,), (5, 32)), gate_sizes=Sizes((1,), (128, 32)))
-    return _create_specialised_moe('moe_mnist', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def moe_fashion_mnist(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """5 experts for 28x28 grey images of clothes."""
-    model_args = dict(expert=Sizes((1,), (64, 32)), gate_sizes=Sizes((8,), (512, 32), norms=(0,)))
-    return _create_specialised_moe('moe_fashion_mnist', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def moe_cifar100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """20 experts for 32x32 images of 100 classes."""
-    model_args = dict(
-        expert=Sizes((16, 32, 64, 128), (1024, 256), norms=(1, 3), padding=1),
-        gate_sizes=Sizes((64, 128, 256, 512), (1024, 256), norms=(1, 3), padding=1),
-        num_experts=20,
-        num_classes=100,
-        in_chans=3,
-        img_size=32,
-    )
-    return _create_specialised_moe('moe_cifar100', pretrained, **dict(model_args, **kwargs))

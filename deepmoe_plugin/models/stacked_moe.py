@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arguments import check_whole
 from ..balance import BalancedSoftmax
 from ..checkpoints import build_with_checks
-from ..mixture import Mixture, MixtureRecord
+from ..mixture import Mixture, MixtureRecord, image_size, refuse_checkpointing, refuse_pooling
 from ..specialisation import SpecialisationConfig
+from .registration import Network, register_networks
 
 Form = Literal['mixture', 'single', 'concat']
 FORMS = ('mixture', 'single', 'concat')
@@ -95,15 +96,13 @@ class StackedMoE(Mixture):
     ) -> None:
         super().__init__()
         for name, sizes in (('experts', experts), ('hidden', hidden), ('gate_hidden', gate_hidden)):
-            _check_sizes(name, sizes)
-            if len(sizes) != len(experts):
-                raise ValueError(f'{name} must have a number for each of the {len(experts)} layers, got {sizes!r}.')
+            _check_sizes(name, sizes, len(experts) if isinstance(experts, Sequence) else 0)
         if second_layer not in FORMS:
             raise ValueError(f'second_layer must be one of {", ".join(FORMS)}, got {second_layer!r}.')
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.img_size = image_size(img_size)
         self.drop_rate = drop_rate
         self.specialisation = SpecialisationConfig()
         width = in_chans * self.img_size[0] * self.img_size[1]
@@ -140,8 +139,12 @@ class StackedMoE(Mixture):
         """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
         features, gates = self.mix(x)
         logits = self.forward_head(features)
-        self.leave_record(MixtureRecord(gates, logits.argmax(1), x))
-        return logits
+        return self.leave(gates, logits.argmax(1), x, logits) if self.num_classes > 0 else logits
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether there is anything to choose."""
+        return any(layer.gate is not None for layer in self.layers)
 
     @torch.no_grad()
     def look(self, x: Tensor) -> MixtureRecord:
@@ -153,19 +156,29 @@ class StackedMoE(Mixture):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; none with `num_classes=0`."""
-        if global_pool:
-            raise ValueError(f'global_pool={global_pool!r} has no meaning here: the features are vectors.')
+        refuse_pooling(global_pool)
         weight = self.layers[0].experts.weight
         self.num_classes = num_classes
         self.head = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        refuse_checkpointing(enable)
 
-def _check_sizes(name: str, sizes: Any) -> None:
-    whole = isinstance(sizes, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in sizes)
-    if not whole or not sizes or min(sizes) < 1:
-        raise ValueError(f'{name} must be a list of whole numbers >= 1, one for each layer, got {sizes!r}.')
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Depth of each parameter for layer-wise learning rates: one step for each layer."""
+        del coarse
+        return {'stem': r'^layers\.0\.', 'blocks': [(r'^layers\.(\d+)\.', None), (r'^head', (99999,))]}
+
+
+def _check_sizes(name: str, sizes: Any, layers: int) -> None:
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise ValueError(f'{name} must be a list with a whole number for each layer, got {sizes!r}.')
+    if len(sizes) != layers or not sizes:
+        raise ValueError(f'{name} must have a number for each of the {layers} layers (experts), got {sizes!r}.')
+    for size in sizes:
+        check_whole(name, size)
 
 
 def _create_stacked_moe(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -174,80 +187,44 @@ def _create_stacked_moe(variant: str, pretrained: bool = False, **kwargs: Any) -
     return build_with_checks(StackedMoE, variant, pretrained, **kwargs)
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'num_classes': 10,
-        'input_size': (1, 36, 36),
-        'fixed_input_size': True,
-        'pool_size': None,
-        'crop_pct': 1.0,
-        'interpolation': 'bilinear',
-        'mean': (0.1307,),
-        'std': (0.3081,),
-        'first_conv': None,
-        'classifier': 'head',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
+_MNIST = {
+    'num_classes': 10,
+    'input_size': (1, 36, 36),
+    'fixed_input_size': True,
+    'pool_size': None,
+    'crop_pct': 1.0,
+    'interpolation': 'bilinear',
+    'mean': (0.1307,),
+    'std': (0.3081,),
+    'first_conv': None,
+    'classifier': 'head',
+    'license': 'apache-2.0',
+}
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        'dmoe_4x100_4x100': _cfg(),
-        'dmoe_4x100_4x20': _cfg(),
-        'dmoe_4x50_4x20': _cfg(),
-        'dmoe_4x100': _cfg(),
-        'dmoe_dnn_4x100_4x100': _cfg(),
-        'dmoe_dnn_4x100_4x20': _cfg(),
-        'dmoe_dnn_4x50_4x20': _cfg(),
-    }
+def _stacked(name: str, experts: Sequence[int], hidden: Sequence[int], gate_hidden: Sequence[int]) -> Network:
+    sizes = ', '.join(f'{n} of {width} units' for n, width in zip(experts, hidden, strict=True))
+    title = f'Stacked mixture of experts for jittered digits: {sizes}.'
+    return Network(name, title, dict(experts=experts, hidden=hidden, gate_hidden=gate_hidden), _MNIST)
+
+
+def _dnn(name: str, hidden: Sequence[int]) -> Network:
+    widths = ' and '.join(map(str, hidden))
+    title = f'Fully connected, {widths} hidden units: about as many parameters as {name}.'
+    args = dict(experts=(1, 1), hidden=hidden, gate_hidden=(1, 1))
+    return Network(name.replace('dmoe', 'dmoe_dnn', 1), title, args, _MNIST)
+
+
+register_networks(
+    __name__,
+    _create_stacked_moe,
+    (
+        _stacked('dmoe_4x100_4x100', (4, 4), (100, 100), (50, 50)),
+        _stacked('dmoe_4x100_4x20', (4, 4), (100, 20), (50, 50)),
+        _stacked('dmoe_4x50_4x20', (4, 4), (50, 20), (20, 20)),
+        _stacked('dmoe_4x100', (4,), (100,), (50,)),
+        _dnn('dmoe_4x100_4x100', (451, 100)),
+        _dnn('dmoe_4x100_4x20', (453, 20)),
+        _dnn('dmoe_4x50_4x20', (221, 20)),
+    ),
 )
-
-
-@register_model
-def dmoe_4x100_4x100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Two layers of 4 experts of 100 units, gates of 50 hidden units."""
-    model_args = dict(experts=(4, 4), hidden=(100, 100), gate_hidden=(50, 50))
-    return _create_stacked_moe('dmoe_4x100_4x100', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def dmoe_4x100_4x20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """4 experts of 100 units, then 4 of 20, gates of 50 hidden units; `gate_hidden=(50, 20)` is the paper's other one."""
-    model_args = dict(experts=(4, 4), hidden=(100, 20), gate_hidden=(50, 50))
-    return _create_stacked_moe('dmoe_4x100_4x20', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def dmoe_4x50_4x20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """4 experts of 50 units, then 4 of 20, gates of 20 hidden units."""
-    model_args = dict(experts=(4, 4), hidden=(50, 20), gate_hidden=(20, 20))
-    return _create_stacked_moe('dmoe_4x50_4x20', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def dmoe_4x100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """One layer of 4 experts of 100 units, gate of 50 hidden units."""
-    model_args = dict(experts=(4,), hidden=(100,), gate_hidden=(50,))
-    return _create_stacked_moe('dmoe_4x100', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def dmoe_dnn_4x100_4x100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Fully connected, 451 and 100 hidden units: as many parameters as `dmoe_4x100_4x100`."""
-    model_args = dict(experts=(1, 1), hidden=(451, 100), gate_hidden=(1, 1))
-    return _create_stacked_moe('dmoe_dnn_4x100_4x100', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def dmoe_dnn_4x100_4x20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Fully connected, 453 and 20 hidden units: as many parameters as `dmoe_4x100_4x20`."""
-    model_args = dict(experts=(1, 1), hidden=(453, 20), gate_hidden=(1, 1))
-    return _create_stacked_moe('dmoe_dnn_4x100_4x20', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def dmoe_dnn_4x50_4x20(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Fully connected, 221 and 20 hidden units: as many parameters as `dmoe_4x50_4x20`."""
-    model_args = dict(experts=(1, 1), hidden=(221, 20), gate_hidden=(1, 1))
-    return _create_stacked_moe('dmoe_dnn_4x50_4x20', pretrained, **dict(model_args, **kwargs))
