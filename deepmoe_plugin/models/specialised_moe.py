@@ -206,7 +206,7 @@ class SpecialisedMoE(Mixture):
         own = [branch.trunk(start) for branch, start in zip(branches, starts, strict=True)]
         hidden = torch.stack(own[: len(self.experts)], 1)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        scores = hidden.new_zeros(len(x), 1) if self.gate is None else self.gate.score(own[-1], hidden)
+        scores = hidden.new_zeros(x.shape[0], 1) if self.gate is None else self.gate.score(own[-1], hidden)
         return torch.cat([hidden.to(dtype), scores.softmax(1, dtype=dtype)[..., None]], 2)
 
     def expert_logits(self, features: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ class SpecialisedMoE(Mixture):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Depth of each parameter for layer-wise learning rates: starts, trunks, heads."""
         del coarse
-        return {'stem': r'\.start\.', 'blocks': [(r'\.trunk\.', (0,)), (r'\.(head|query|key)\.', (99999,))]}
+        return {'stem': r'.*\.start\.', 'blocks': [(r'.*\.trunk\.', (0,)), (r'.*\.(head|query|key)\.', (99999,))]}
 
 
 def _replace_attention(model: SpecialisedMoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

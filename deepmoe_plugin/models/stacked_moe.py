@@ -86,7 +86,7 @@ class StackedMoE(Mixture):
         hidden: Sequence[int] = (100, 100),
         gate_hidden: Sequence[int] = (50, 50),
         second_layer: Form = 'mixture',
-        balance_margin: float | None = 10.0,
+        balance_margin: float | None = None,
         num_classes: int = 10,
         in_chans: int = 1,
         img_size: int | Sequence[int] = 36,
