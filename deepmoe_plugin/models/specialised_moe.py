@@ -256,7 +256,7 @@ class SpecialisedMoE(Mixture):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Depth of each parameter for layer-wise learning rates: starts, trunks, heads."""
         del coarse
-        return {'stem': r'.*\.start\.', 'blocks': [(r'.*\.trunk\.', (0,)), (r'.*\.(head|query|key)\.', (99999,))]}
+        return {'stem': r'.*\.start\.', 'blocks': [(r'.*\.trunk\.', (0,)), (r'.*\.(?:head|query|key)\.', (99999,))]}
 
 
 def _replace_attention(model: SpecialisedMoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
