@@ -15,6 +15,8 @@ from .network import DeepMoE, find_deepmoe, freeze_gating, unfreeze_gating
 from .pruning import Pruning, prune
 from .stats import GateStatistics, gate_statistics
 
+__version__ = '0.1.0'
+
 __all__ = [
     'DeepMoE',
     'DeepMoELoss',
@@ -22,6 +24,7 @@ __all__ = [
     'GatingConfig',
     'MacsReport',
     'Pruning',
+    '__version__',
     'count_macs',
     'deepmoe_resnet',
     'deepmoe_vgg',
