@@ -17,7 +17,7 @@ def configs_folder() -> Path:
 def shipped_configs(framework: str = '*') -> dict[str, Path]:
     """Name to file of the configs of one framework ('mmseg' or 'timm') or of all."""
     files = configs_folder().glob(f'{framework}/*')
-    return {path.stem: path for path in sorted(files) if path.suffix in SUFFIXES}
+    return {path.stem: path for path in sorted(files) if path.suffix in SUFFIXES and path.stem != 'metafile'}
 
 
 def find_config(name: str, framework: str = '*') -> Path | None:
