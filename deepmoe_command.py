@@ -19,6 +19,8 @@ COMMANDS = {
     'benchmark': 'time sparse execution',
     'benchmark-training': 'step time and memory that gating costs in training',
     'demo': 'train a small classifier on 5,000 real digits',
+    'train-digits': 'train the networks of the sibling papers on digits that stay in memory',
+    'jittered-digits': 'write digits that are moved by a few pixels, as image folders',
     'street-scenes': "draw street scenes in CityScapes' layout, for the quick start of segmentation",
     'run': "run a script of timm's repository with the models of this package",
     'doctor': 'versions, configs, and how sparse execution runs on this machine',

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .gating import GateBudget, GatingNetwork, GatingRecord
+from .information import gate_entropy, use_entropy
 from .macs import MacsTable
 from .terms import Criterion, Terms, gating_terms, term_sources
 
@@ -27,8 +28,9 @@ def gating_loss(
         table: gives the MACs of the network, where they are needed.
 
     Returns:
-        Scalars `loss_gate` and `loss_embed`, weighted (each only where it applies), and `kept_experts`, the fraction of
-        experts kept, without gradient.
+        Scalars `loss_gate`, `loss_embed`, `loss_importance` and `loss_similarity`, weighted (each only where it
+        applies); and without gradient `kept_experts`, the fraction of experts kept, and with a loss on the latent
+        mixture its entropies in bits, `gate_entropy` and `use_entropy`.
 
     Raises:
         ValueError: `L_e` needs a target and a criterion; or see `check_target`.
@@ -43,6 +45,10 @@ def gating_loss(
             if target is None or criterion is None:
                 raise ValueError('embed_loss_weight > 0 needs the target and the criterion of the base network.')
             terms['loss_embed'] = gating.embed_loss_weight * criterion(record.embed_logits, target)
+        if record.mixture is not None:
+            terms.update(gating.specialisation.terms(record.mixture, record.samples))
+            terms['gate_entropy'] = gate_entropy(record.mixture.detach())
+            terms['use_entropy'] = use_entropy(record.mixture.detach())
     terms['kept_experts'] = (record.preact.detach() > 0).float().mean()
     return terms
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from .arguments import check_weight
 
 SimilarityNorm = Literal['batch', 'pairs']
 SIMILARITY_NORMS = ('batch', 'pairs')
+Config = TypeVar('Config', bound='SpecialisationConfig')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class SpecialisationConfig:
         return any(self.similarity_loss_weight)
 
     @classmethod
-    def pop_from(cls, kwargs: dict[str, Any]) -> 'SpecialisationConfig':
+    def pop_from(cls: type[Config], kwargs: dict[str, Any]) -> Config:
         """Take this class's arguments out of a model's keyword arguments."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: kwargs.pop(name) for name in names if name in kwargs})

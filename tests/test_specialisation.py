@@ -1,10 +1,15 @@
 """The losses on gates against plain loops, and what the gates tell against closed forms."""
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from small_networks import images, randomise, small
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deepmoe_plugin.information import gate_entropy, mutual_information, use_entropy
 from deepmoe_plugin.specialisation import (
@@ -158,3 +163,47 @@ def test_mutual_information_in_bits() -> None:
     pairs = [(i, j) for i in (0, 1) for j in (0, 1) for _ in range(round(10 * joint[i, j].item()))]
     measured = mutual_information(*torch.tensor(pairs).unbind(1))
     assert measured.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+# The latent mixture of DeepMoE
+
+
+@pytest.mark.parametrize('structure', ['basic', 'bottleneck_a', 'vgg_cifar'])
+@pytest.mark.parametrize('similarity_of', ['pixels', 'features'])
+def test_losses_on_the_latent_mixture(structure: str, similarity_of: str) -> None:
+    weights = dict(importance_loss_weight=0.3, similarity_loss_weight=(0.1, 0.2), similarity_of=similarity_of)
+    model = randomise(small(structure, **weights))
+    x, y = images(4), torch.tensor([0, 1, 2, 3])
+    twin = copy.deepcopy(model).gating.embedding
+    features = twin.pool(x)
+    mixture = twin.mix(features)
+    compared = x if similarity_of == 'pixels' else features
+    result = ClassificationTask(model, nn.CrossEntropyLoss())(x, y)
+    torch.testing.assert_close(result['loss_importance'], 0.3 * importance_loss(mixture))
+    expected = similarity_loss(mixture, sample_distances(compared), 0.1, 0.2)
+    torch.testing.assert_close(result['loss_similarity'], expected)
+    torch.testing.assert_close(result['gate_entropy'], gate_entropy(mixture))
+    terms = result['loss_gate'] + result['loss_importance'] + result['loss_similarity']
+    torch.testing.assert_close(result['loss'], F.cross_entropy(result['output'], y) + terms)
+    (result['loss_importance'] + result['loss_similarity']).backward()
+    assert model.gating.embedding.fc.weight.grad.abs().sum() > 0
+
+
+def test_losses_change_nothing_where_they_are_not_asked_for() -> None:
+    model = small('cifar')
+    names = ClassificationTask(model, nn.CrossEntropyLoss())(images(), torch.tensor([0, 1])).keys()
+    assert names == {'loss', 'output', 'loss_gate', 'kept_experts'}
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'match'),
+    [
+        (dict(similarity_of='labels'), 'similarity_of'),
+        (dict(importance_loss_weight=-1), 'importance_loss_weight'),
+        (dict(similarity_loss_weight=(1, 1), num_latent_experts=1), 'num_latent_experts'),
+        (dict(importance_loss_weight=1, freeze_gating=True), 'freeze_gating'),
+    ],
+)
+def test_bad_arguments_of_a_deepmoe_network(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        small('cifar', **arguments)

@@ -2,17 +2,22 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from ..arguments import check_number, check_weight, check_whole, is_whole
+from ..specialisation import SpecialisationConfig
 
 GATE_NORMS = ('mean', 'sum', 'macs')
 GateNorm = Literal['mean', 'sum', 'macs']
+SIMILARITY_OF = ('pixels', 'features')
+SimilarityOf = Literal['pixels', 'features']
 
 
 @dataclasses.dataclass(frozen=True)
-class GatingConfig:
+class GatingConfig(SpecialisationConfig):
     """Arguments of the gating network; every DeepMoE model takes them as keyword arguments.
+
+    The losses of `SpecialisationConfig` take the latent mixture weights for p(e|x).
 
     Raises:
         ValueError: an argument is out of range or contradicts another one; the message names it.
@@ -35,8 +40,14 @@ class GatingConfig:
     """Stage 2 of Procedure 1: gates stay as loaded, norm statistics included; both weights are 0."""
     embedding_channels: Sequence[int] = (16, 32, 64, 128, 256)
     """Widths of the stride-2 layers of the shallow embedding."""
+    similarity_of: SimilarityOf = 'pixels'
+    """What `similarity_loss_weight` takes distances of: 'pixels' of the normalised images, or the 'features' that the
+    embedding computes the mixture from."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.similarity_of not in SIMILARITY_OF:
+            raise ValueError(f'similarity_of must be one of {", ".join(SIMILARITY_OF)}, got {self.similarity_of!r}.')
         check_whole('num_latent_experts', self.num_latent_experts)
         if not isinstance(self.freeze_gating, bool):
             raise ValueError(f'freeze_gating must be True or False, got {self.freeze_gating!r}.')
@@ -60,18 +71,15 @@ class GatingConfig:
         channels = self.embedding_channels
         if not isinstance(channels, Sequence) or not channels or not all(is_whole(width) for width in channels):
             raise ValueError(f'embedding_channels must be a list of whole numbers >= 1, got {channels!r}.')
-        if self.freeze_gating and (self.gate_loss_weight or self.embed_loss_weight or self.has_target):
+        if self.needs_samples and self.num_latent_experts == 1:
+            raise ValueError('similarity_loss_weight compares experts: num_latent_experts must be at least 2.')
+        trains = self.gate_loss_weight or self.embed_loss_weight or self.has_target or self.active
+        if self.freeze_gating and trains:
             raise ValueError(
-                'freeze_gating=True leaves nothing for gate_loss_weight, embed_loss_weight, target_kept or '
-                'target_macs to train: set them to 0 or leave them out.'
+                'freeze_gating=True leaves nothing for gate_loss_weight, embed_loss_weight, target_kept, target_macs, '
+                'importance_loss_weight or similarity_loss_weight to train: set them to 0 or leave them out.'
             )
 
     @property
     def has_target(self) -> bool:
         return self.target_kept is not None or self.target_macs is not None
-
-    @classmethod
-    def pop_from(cls, kwargs: dict[str, Any]) -> 'GatingConfig':
-        """Take this class's arguments out of a model's keyword arguments."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: kwargs.pop(name) for name in names if name in kwargs})

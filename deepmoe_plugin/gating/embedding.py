@@ -37,6 +37,14 @@ class ShallowEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to latent mixture weights (B, K), positive and summing to one."""
-        x = self.fc(self.layers(x).mean(dim=(2, 3)))
+        return self.mix(self.pool(x))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Map images to the features that the mixture is computed from, (B, channels[-1])."""
+        return self.layers(x).mean(dim=(2, 3))
+
+    def mix(self, features: Tensor) -> Tensor:
+        """Map features to latent mixture weights (B, K)."""
+        x = self.fc(features)
         is_double = not is_symbolic(x) and x.dtype == torch.float64
         return x.softmax(dim=1, dtype=torch.float64 if is_double else torch.float32)

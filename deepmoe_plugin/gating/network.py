@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from ..specialisation import SpecialisationConfig
 from ..terms import Passes
 from ..tracing import is_traced
 from .budget import GateBudget, default_weight
@@ -21,10 +22,14 @@ class GatingRecord(NamedTuple):
         preact: `W e` before the ReLU, shape (B, N), N the number of experts of all layers together; with a target,
             without gradient to `e`.
         embed_logits: class logits of the embedding, shape (B, num_classes), or None without `L_e`.
+        mixture: latent mixture weights, shape (B, K), where a loss of `SpecialisationConfig` needs them.
+        samples: what the similarity loss takes distances of, shape (B, ...), where it is asked for.
     """
 
     preact: Tensor
     embed_logits: Tensor | None
+    mixture: Tensor | None = None
+    samples: Tensor | None = None
 
 
 @register_notrace_module
@@ -59,9 +64,11 @@ class GatingNetwork(nn.Module):
         self.gate_loss_weight = default_weight(config, widths)
         if config.gate_loss_weight is not None:
             self.gate_loss_weight = config.gate_loss_weight
+        self.specialisation: SpecialisationConfig = config
+        self.similarity_of = config.similarity_of
         self.budget_on_macs = config.target_macs is not None
         self.frozen = False
-        self.embedding: nn.Module = ShallowEmbedding(
+        self.embedding: Any = ShallowEmbedding(
             in_chans, config.embedding_channels, config.num_latent_experts, norm_layer=norm_layer, **dd
         )
         self.gates = GateHeads(widths, config.num_latent_experts, **dd)
@@ -100,12 +107,17 @@ class GatingNetwork(nn.Module):
             self._check_images(x)
         if not self.gates.widths:
             return x.new_zeros((x.shape[0], 0))
-        mixture = self.embedding(x)
+        samples = None
+        if self.training and self.specialisation.needs_samples and self.similarity_of == 'features':
+            samples = self.embedding.pool(x)
+            mixture = self.embedding.mix(samples)
+        else:
+            mixture = self.embedding(x)
         if checked:
             self._check_finite(mixture)
         preact = self.gates(mixture)
         if (self.training or self.frozen) and self.passes.wanted(x):
-            return self.passes.leave(self._record(mixture, preact), preact.relu())
+            return self.passes.leave(self._record(mixture, preact, x if samples is None else samples), preact.relu())
         return preact.relu()
 
     def keep_first(self, num_layers: int) -> None:
@@ -115,7 +127,7 @@ class GatingNetwork(nn.Module):
             self.embedding = nn.Identity()
             self.class_scores = None
 
-    def _record(self, mixture: Tensor, preact: Tensor) -> GatingRecord:
+    def _record(self, mixture: Tensor, preact: Tensor, samples: Tensor) -> GatingRecord:
         if self.budget is not None:
             # A lambda as large as a target may need would drive the mixture to its cheapest latent expert, the same
             # for every image: towards a target, L_g trains the gate heads and leaves the embedding alone.
@@ -125,7 +137,13 @@ class GatingNetwork(nn.Module):
             # Mixture weights average 1/K; scaled to average 1 they train the classifier at ordinary learning rates.
             scaled = mixture * mixture.shape[1]
             logits = self.class_scores(scaled.to(self.class_scores.weight.dtype))
-        return GatingRecord(preact, logits)
+        specialisation = self.specialisation
+        return GatingRecord(
+            preact,
+            logits,
+            mixture if specialisation.active else None,
+            samples.detach() if specialisation.needs_samples else None,
+        )
 
     def freeze(self) -> None:
         """Stop training every gating parameter and statistic, whatever `train()` is told later."""
