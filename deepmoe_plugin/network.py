@@ -1,4 +1,4 @@
-"""What all DeepMoE networks share, whatever their base: gates, terms of the loss, freezing."""
+"""What DeepMoE networks of all families share: gates, terms of the loss, freezing."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ __all__ = ['DeepMoE', 'deepmoe_networks', 'find_deepmoe', 'freeze_gating', 'unfr
 
 
 class DeepMoE(GatedNetwork, TermSource):
-    """Mixin that adds a gating network to a base network of timm; stands before it in the bases.
+    """Mixin that adds a gating network to a base network of timm; comes before it in the bases.
 
     The base network keeps timm's state-dict keys; everything new lives under `gating.`. It sets `in_chans`,
     `num_classes` and `expert_layers`.
@@ -27,7 +27,7 @@ class DeepMoE(GatedNetwork, TermSource):
     num_classes: int
 
     def add_gating(self, config: GatingConfig, min_size: int, kwargs: dict[str, Any]) -> None:
-        """Gate the activations of `expert_layers`; call once the base network stands.
+        """Gate the activations of `expert_layers`; call it when the base network is complete.
 
         Args:
             config: arguments of the gating network.

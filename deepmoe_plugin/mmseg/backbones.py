@@ -40,7 +40,7 @@ _LAYOUTS = {
 
 
 class Backbone(nn.Module):
-    """What mmseg asks of a backbone, for the networks of this package; stands before the network in the bases.
+    """What mmseg asks of a backbone, for the networks of this package; comes before the network in the bases.
 
     The network ends at the last output: later stages, and their gates, are not there.
 
