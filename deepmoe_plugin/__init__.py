@@ -7,6 +7,7 @@ importing `deepmoe_plugin.mmseg` registers backbones and hooks with MMSegmentati
 from typing import Any
 
 from . import timm_hook
+from .budgets import set_budget
 from .gating import GatingConfig
 from .losses import DeepMoELoss
 from .macs import MacsReport, count_macs
@@ -15,6 +16,7 @@ from .network import DeepMoE, find_deepmoe, freeze_gating, unfreeze_gating
 from .pruning import Pruning, prune
 from .stats import GateStatistics, gate_statistics
 from .terms import TermSource, gating_terms
+from .warm_start import warm_start
 
 __version__ = '0.1.0'
 
@@ -35,10 +37,12 @@ __all__ = [
     'gate_statistics',
     'gating_terms',
     'prune',
+    'set_budget',
     'sparsify',
     'specialised_moe',
     'stacked_moe',
     'unfreeze_gating',
+    'warm_start',
 ]
 
 timm_hook.install()

@@ -60,17 +60,19 @@ class GatedActivation(nn.Module):
 
     Args:
         act: the base network's activation; ReLU takes the fastest path, any other works.
+        trains_closed: closed gates have a gradient too, which needs the ungated activation: one more map in memory.
     """
 
-    def __init__(self, act: nn.Module) -> None:
+    def __init__(self, act: nn.Module, trains_closed: bool = False) -> None:
         super().__init__()
         self.act = act
+        self.trains_closed = trains_closed
         self.is_relu = type(act) is nn.ReLU  # a subclass may do anything
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Map `(B, C, H, W)` and gates `(B, C)` to the gated `(B, C, H, W)`; overwrites `x`."""
         gate = given(gate)
-        if is_traced(x):
+        if is_traced(x) or (self.trains_closed and gate.requires_grad):
             return self.act(x) * gate.to(x.dtype)[:, :, None, None]
         if self.is_relu:
             return _Gate.apply(x, gate, True)

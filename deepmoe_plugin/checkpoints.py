@@ -16,8 +16,8 @@ from torch import Tensor, nn
 _logger = logging.getLogger(__name__)
 
 GATING_PREFIX = 'gating.'
-# Parts of the gating network that only training needs: a checkpoint may have them or not.
-_OPTIONAL = (GATING_PREFIX + 'class_scores.', GATING_PREFIX + 'budget.')
+# What a checkpoint may have or not: what only training needs, and the threshold, which earlier versions lack.
+_OPTIONAL = (GATING_PREFIX + 'class_scores.', GATING_PREFIX + 'budget.', GATING_PREFIX + 'gates.threshold')
 # Names of earlier versions, which contain the `head` and `classifier` that users and hosts select parameters by.
 _RENAMED = {'heads.': 'gates.', 'classifier.': 'class_scores.'}
 _NAMED = 5  # tensors that an error message names

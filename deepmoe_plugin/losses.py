@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .gating import GateBudget, GatingNetwork, GatingRecord
+from .gating import GatingNetwork, GatingRecord
 from .information import gate_entropy, use_entropy
 from .macs import MacsTable
+from .stats import dynamic_experts, fraction_kept
 from .terms import Criterion, Terms, gating_terms, term_sources
 
 Table = Callable[[], MacsTable]
@@ -17,7 +18,7 @@ Table = Callable[[], MacsTable]
 def gating_loss(
     gating: GatingNetwork, record: GatingRecord, target: Any, criterion: Criterion | None, table: Table
 ) -> Terms:
-    """Compute what one training forward pass adds to the loss.
+    """Compute what one training forward pass adds to the loss, and let the budget look at it.
 
     Args:
         gating: holds the weights and `gate_norm`.
@@ -29,18 +30,17 @@ def gating_loss(
 
     Returns:
         Scalars `loss_gate`, `loss_embed`, `loss_importance` and `loss_similarity`, weighted (each only where it
-        applies); and without gradient `kept_experts`, the fraction of experts kept, and with a loss on the latent
-        mixture its entropies in bits, `gate_entropy` and `use_entropy`.
+        applies); and without gradient `kept_experts`, the fraction of experts kept, `dynamic_experts`, the fraction of
+        experts that some images of the batch keep and others do not, and with a loss on the latent mixture its
+        entropies in bits, `gate_entropy` and `use_entropy`.
 
     Raises:
         ValueError: `L_e` needs a target and a criterion; or see `check_target`.
     """
     terms: Terms = {}
     if not gating.frozen:
-        if gating.budget is not None:
-            terms['loss_gate'] = _steered(gating, gating.budget, record.preact, table)
-        elif gating.gate_loss_weight > 0:
-            terms['loss_gate'] = gating.gate_loss_weight * _norm(gating, record.preact.relu(), table)
+        if gating.gate_loss_weight > 0:
+            terms['loss_gate'] = gating.gate_loss_weight * _norm(gating, gating.gates.cut(record.preact), table)
         if record.embed_logits is not None:
             if target is None or criterion is None:
                 raise ValueError('embed_loss_weight > 0 needs the target and the criterion of the base network.')
@@ -49,7 +49,14 @@ def gating_loss(
             terms.update(gating.specialisation.terms(record.mixture, record.samples))
             terms['gate_entropy'] = gate_entropy(record.mixture.detach())
             terms['use_entropy'] = use_entropy(record.mixture.detach())
-    terms['kept_experts'] = (record.preact.detach() > 0).float().mean()
+    kept = record.preact.detach() > gating.gates.threshold
+    terms['kept_experts'] = kept.float().mean()
+    terms['dynamic_experts'] = dynamic_experts(kept)
+    if gating.budget is not None and not gating.frozen:
+        if gating.budget_on_macs:
+            check_target(gating.budget.target, table())
+        cost = table().spent if gating.budget_on_macs else fraction_kept
+        gating.budget.step(gating.gates, record.preact.detach(), cost)
     return terms
 
 
@@ -62,24 +69,6 @@ def _norm(gating: GatingNetwork, gates: Tensor, table: Table) -> Tensor:
     return (gates * table().expert_costs(gates.device)).sum(1).mean()
 
 
-def _steered(gating: GatingNetwork, budget: GateBudget, preact: Tensor, table: Table) -> Tensor:
-    """L_g with a lambda that leads to the target; a negative lambda raises gates, closed ones included.
-
-    It raises only the gates that the target has room for. Raising all would outweigh closing, which moves only the
-    gates that are kept: where the target keeps few, images that differ would raise more than they close, on average.
-    """
-    if gating.budget_on_macs:
-        check_target(budget.target, table())
-    cost = table().spent if gating.budget_on_macs else _fraction_kept
-    weight, threshold = budget.step(preact.detach(), cost)
-    closing = weight.clamp(min=0) * _norm(gating, preact.relu(), table)
-    return closing + weight.clamp(max=0) * _norm(gating, preact * (preact.detach() > threshold), table)
-
-
-def _fraction_kept(kept: Tensor) -> Tensor:
-    return kept.double().mean(1)
-
-
 def check_target(target: float, table: MacsTable) -> None:
     """Check that a target of MACs can be reached.
 
@@ -88,7 +77,7 @@ def check_target(target: float, table: MacsTable) -> None:
     """
     if target <= table.floor:
         raise ValueError(
-            f'target_macs={target} cannot be reached: the layers without gates alone cost {table.floor:.3f} of the '
+            f'A budget of {target} of the dense MACs (target_macs) cannot be reached: the layers without gates alone cost {table.floor:.3f} of the '
             f'dense MACs. Choose a larger target.'
         )
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from timm.layers import get_norm_layer
-from torch import nn
+from torch import Tensor, nn
 
 from .activation import GatedActivation
 from .checkpoints import adapt_checkpoint
@@ -36,7 +36,7 @@ class DeepMoE(GatedNetwork, TermSource):
         """
         layers = self.expert_layers
         for layer in layers:
-            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act)))
+            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act), config.has_target))
         gating = GatingNetwork(
             config,
             expert_widths(self, layers),
@@ -113,11 +113,28 @@ class DeepMoE(GatedNetwork, TermSource):
             ValueError: names the cost of these layers.
         """
         if self.gating.budget is not None and self.gating.budget_on_macs:
-            check_target(self.gating.budget.target, self._macs())
+            self.check_target(self.gating.budget.target)
 
     def terms(self, record: GatingRecord, target: Any, criterion: Criterion | None) -> Terms:
         """The terms `lambda * L_g` and `mu * L_e` of one pass, and the fraction of experts kept."""
         return gating_loss(self.gating, record, target, criterion, self._macs)
+
+    def check_target(self, target: float) -> None:
+        """Check that a fraction of the dense MACs can be reached.
+
+        Raises:
+            ValueError: it is below what the layers without gates cost.
+        """
+        check_target(target, self._macs())
+
+    def spent(self, kept: Tensor) -> Tensor:
+        """Fraction of the dense MACs that each image costs, shape (B,), of the experts that it keeps, (B, N), boolean;
+        at the nominal image size, the gating network not included."""
+        return self._macs().spent(kept)
+
+    def macs_of_experts(self) -> Tensor:
+        """Share of each expert in the dense MACs of the gated layers, shape (N,), summing to one."""
+        return self._macs().expert_costs()
 
     def _macs(self) -> MacsTable:
         """MACs at the nominal image size: only ratios matter, and they hardly change with it."""

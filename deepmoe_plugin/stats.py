@@ -27,6 +27,11 @@ class GateStatistics(NamedTuple):
         """Fraction of experts kept, over all images and layers (0..1)."""
         return self.kept.float().mean().item()
 
+    @property
+    def dynamic_experts(self) -> float:
+        """Fraction of experts that some images keep and others do not (0..1); see the function of that name."""
+        return dynamic_experts(self.kept).item()
+
     def by_image(self) -> Tensor:
         """Fraction of experts that each image keeps, shape (images,)."""
         return self.kept.float().mean(1)
@@ -64,6 +69,21 @@ class GateStatistics(NamedTuple):
             writer.add_scalar(f'{name}/{layer}', kept, step)
         writer.add_histogram(f'{name}/by_image', self.by_image(), step)
         writer.add_histogram(f'{name}/by_expert', self.kept.float().mean(0), step)
+
+
+def dynamic_experts(kept: Tensor) -> Tensor:
+    """Fraction of experts that more than 2 % and fewer than 98 % of the images keep, a scalar.
+
+    Args:
+        kept: which experts images keep, boolean, shape (images, N).
+    """
+    share = kept.float().mean(0)
+    return ((share > 0.02) & (share < 0.98)).float().mean()
+
+
+def fraction_kept(kept: Tensor) -> Tensor:
+    """Fraction of experts that each image keeps, shape (images,), of boolean (images, N)."""
+    return kept.double().mean(1)
 
 
 def gate_statistics(model: nn.Module, images: Tensor | Iterable[Tensor | tuple[Tensor, ...]]) -> GateStatistics:

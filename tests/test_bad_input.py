@@ -36,7 +36,7 @@ VGG = 'vgg_cifar'
         (CIFAR, dict(target_kept=0), ('target_kept', 'between 0 and 1')),
         (CIFAR, dict(target_macs='half'), ('target_macs', 'number', 'half')),
         (CIFAR, dict(target_kept=0.5, target_macs=0.5), ('target_kept', 'target_macs', 'one of them')),
-        (CIFAR, dict(target_kept=0.5, gate_loss_weight=0), ('gate_loss_weight', '> 0', 'target_kept')),
+        (CIFAR, dict(target_kept=0.5, target_steps=0), ('target_steps', 'whole number >= 1')),
         (CIFAR, dict(freeze_gating=True, gate_loss_weight=1), ('freeze_gating', 'gate_loss_weight', 'leave them out')),
         (CIFAR, dict(freeze_gating=True, embed_loss_weight=1), ('freeze_gating', 'embed_loss_weight')),
         (CIFAR, dict(freeze_gating=True, target_kept=0.5), ('freeze_gating', 'target_kept')),

@@ -7,7 +7,8 @@ from torch import nn
 
 import deepmoe_plugin
 from deepmoe_plugin import gating_terms
-from deepmoe_plugin.gating import GateBudget, GateHeads, GatingConfig, GatingNetwork, GatingRecord, ShallowEmbedding
+from deepmoe_plugin.gating import GateBudget, GateHeads, GatingConfig, GatingNetwork, ShallowEmbedding
+from deepmoe_plugin.gating.budget import find_threshold
 
 
 def gating(widths=(4, 6), **kwargs):
@@ -149,7 +150,7 @@ def test_unfrozen_gating_moves_again_statistics_included():
     before = state(model.gating)
     train_once(model, images(4))
     moved = {name for name, value in state(model.gating).items() if not torch.equal(value, before[name])}
-    assert moved == before.keys()
+    assert moved == before.keys() - {'gates.threshold'}
 
 
 def test_freezing_on_creation_equals_freezing_later():
@@ -177,110 +178,77 @@ def gates_around(mean, experts=100):
     return (mean + torch.linspace(-0.5, 0.5, experts)).expand(3, -1)
 
 
-@pytest.mark.parametrize('target', [0.3, 0.5, 0.8])
-@pytest.mark.parametrize('mean', [0.9, 0.1, -0.4])
-def test_lambda_is_proportional_to_the_distance_of_the_gates_from_the_target(target, mean):
-    distance = mean + 0.5 - target  # lowering all gates by this leaves the target fraction above zero
-    budget = GateBudget(target, 2.0)
-    assert budget.step(gates_around(mean), fraction_kept)[0].item() == pytest.approx(
-        2.02 * max(-1, min(1, distance)), abs=0.05
-    )
+def test_threshold_closes_gates_and_leaves_the_others_as_they_are():
+    gates = GateHeads([4], 2)
+    preact = torch.tensor([[-0.5, 0.2, 0.7, 1.3]])
+    assert gates.cut(preact)[0].tolist() == pytest.approx([0, 0.2, 0.7, 1.3])
+    gates.threshold.fill_(0.5)
+    assert gates.cut(preact)[0].tolist() == pytest.approx([0, 0, 0.7, 1.3])
 
 
-def test_lambda_sees_gates_coming_before_the_first_one_closes():
-    far, near = (GateBudget(0.5, 1.0).step(torch.full((2, 8), gate), fraction_kept)[0] for gate in (1.0, 0.1))
-    assert near < 0.2 * far
+@pytest.mark.parametrize('straight_through', [False, True])
+def test_closed_gates_have_a_gradient_only_straight_through(straight_through):
+    gates = GateHeads([4], 2)
+    gates.threshold.fill_(0.5)
+    preact = torch.tensor([[-0.5, 0.2, 0.7, 1.3]], requires_grad=True)
+    cut = gates.cut(preact, straight_through)
+    assert cut.tolist() == gates.cut(preact).tolist()
+    (cut * torch.tensor([1.0, 2, 3, 4])).sum().backward()
+    assert preact.grad.tolist() == ([[1, 2, 3, 4]] if straight_through else [[0, 0, 3, 4]])
 
 
-def test_budget_pushes_harder_while_the_target_is_missed_and_softer_after_overshooting():
-    budget = GateBudget(0.5, 2.0)
-    first, _ = budget.step(gates_around(0.4), fraction_kept)
-    for _ in range(20):
-        last, _ = budget.step(gates_around(0.4), fraction_kept)
-    assert last > first
-    before = budget.strength.item()
-    strengths = []
-    for _ in range(15):
-        budget.step(gates_around(-0.4), fraction_kept)
-        strengths.append(budget.strength.item())
-    assert strengths[0] > before
-    assert strengths[-1] < before
+@pytest.mark.parametrize('goal', [0.1, 0.3, 0.5, 0.8])
+def test_threshold_is_where_images_spend_the_goal(goal):
+    preact = 1 + torch.randn(16, 400, generator=torch.Generator().manual_seed(0))
+    threshold = find_threshold(preact, fraction_kept, goal)
+    assert fraction_kept(preact > threshold).mean().item() == pytest.approx(goal, abs=0.005)
+    assert threshold >= 0
 
 
-@pytest.mark.parametrize('target', [0.3, 0.7])
-@pytest.mark.parametrize('speed', [1e-6, 1e-5, 3e-4])
-@pytest.mark.parametrize('spread', [0.02, 0.5])
-def test_budget_settles_at_its_target(target, speed, spread):
-    """Gates that start at one, part a little, and move with momentum at a speed proportional to lambda."""
-    torch.manual_seed(0)
-    budget, offsets = GateBudget(target, 3.0), spread * torch.randn(4, 200)
-    gate, velocity, kept = torch.tensor(1.0), torch.tensor(0.0), []
-    for step in range(1500):
-        gates = gate + min(1, step / 300) * offsets
-        velocity = 0.9 * velocity + speed * budget.step(gates, fraction_kept)[0]
-        gate = gate - velocity
-        kept.append((gates > 0).float().mean().item())
-    assert sum(kept[-100:]) / 100 == pytest.approx(target, abs=0.02)
-    assert min(kept) > target - 0.1
+def test_threshold_stays_at_zero_where_the_goal_has_room_for_all():
+    assert find_threshold(gates_around(1.0), fraction_kept, 1.0) == 0
+    assert find_threshold(gates_around(-3.0), fraction_kept, 0.5) == 0
 
 
-@pytest.mark.parametrize('target', [0.1, 0.25, 0.75])
-def test_target_is_held_when_images_differ(target):
-    """Heads train on mixtures that part from image to image: lambda must settle, and neither swing nor run away."""
-    torch.manual_seed(0)
-    model = small('cifar', target_kept=target, num_latent_experts=64).train()
-    heads, centres = model.gating.gates, torch.randn(100, 64)
-    optimizer = torch.optim.SGD([heads.weight], lr=0.1, momentum=0.9)
-    kept, lambdas = [], []
-    for step in range(1500):
-        logits = centres[torch.randint(100, (64,))] + 0.5 * torch.randn(64, 64)
-        preact = heads((3 * min(1, step / 500) * logits).softmax(1))
-        optimizer.zero_grad()
-        model.terms(GatingRecord(preact, None), None, None)['loss_gate'].backward()
-        optimizer.step()
-        kept.append((preact > 0).float().mean().item())
-        lambdas.append(model.gating.budget.strength.item())
-    assert sum(kept[-200:]) / 200 == pytest.approx(target, abs=0.02)
-    assert lambdas[-1] < 100 * lambdas[0]
+def test_budget_falls_along_a_curve_to_its_target_and_stays():
+    budget, gates = GateBudget(0.4, steps=100), GateHeads([100], 2)
+    kept = []
+    for _ in range(200):
+        budget.step(gates, gates_around(1.0), fraction_kept)
+        kept.append(fraction_kept(gates_around(1.0) > gates.threshold).mean().item())
+    assert kept[0] > 0.95
+    assert kept == sorted(kept, reverse=True)
+    assert kept[20] - kept[40] > 3 * (kept[60] - kept[80]) > 0  # steep first, flat at the end
+    assert kept[-1] == pytest.approx(0.4, abs=0.02)
 
 
-def test_gates_far_below_zero_are_all_lifted():
-    budget = GateBudget(0.5, 1.0)
-    weight, threshold = budget.step(torch.full((2, 8), -5.0), fraction_kept)
-    assert weight < 0
-    assert threshold == -torch.inf
-    weight, threshold = budget.step(gates_around(-0.4), fraction_kept)
-    assert weight < 0
-    assert threshold.item() == pytest.approx(-0.4, abs=0.02)
+def test_budget_follows_gates_that_move():
+    budget, gates = GateBudget(0.5, steps=1), GateHeads([100], 2)
+    for mean in (1.0, 3.0):
+        for _ in range(80):
+            budget.step(gates, gates_around(mean), fraction_kept)
+        assert fraction_kept(gates_around(mean) > gates.threshold).mean().item() == pytest.approx(0.5, abs=0.02)
 
 
 def test_budget_continues_from_its_saved_state():
     model, twin = small('cifar', target_kept=0.5), small('cifar', target_kept=0.5)
     for i in range(10):
-        model.gating.budget.step(gates_around(0.9 - 0.02 * i), fraction_kept)
-    assert any(key.startswith('gating.budget.') for key in model.state_dict())
+        model.gating.budget.step(model.gating.gates, gates_around(0.9 - 0.02 * i), fraction_kept)
     twin.load_state_dict(model.state_dict())
-    for mean in (-0.2, 0.3, 0.1):
-        budgets = (model.gating.budget, twin.gating.budget)
-        first, second = (budget.step(gates_around(mean), fraction_kept)[0] for budget in budgets)
-        assert first == second
-    torch.testing.assert_close(state(model.gating.budget), state(twin.gating.budget), rtol=0, atol=0)
+    for mean in (0.2, 0.7):
+        for network in (model, twin):
+            network.gating.budget.step(network.gating.gates, gates_around(mean), fraction_kept)
+    assert model.gating.gates.threshold > 0
+    torch.testing.assert_close(state(model.gating), state(twin.gating), rtol=0, atol=0)
 
 
 def test_no_budget_without_target():
     assert small('cifar').gating.budget is None
 
 
-@pytest.mark.parametrize('gate_norm', ['mean', 'sum', 'macs'])
-@pytest.mark.parametrize('structure', ['cifar', 'bottleneck_a'])
-def test_towards_a_target_gates_of_any_network_close_equally_fast(structure, gate_norm):
-    steps = 20
-    model = small(structure, target_kept=0.5, gate_norm=gate_norm).train()
-    optimizer = torch.optim.SGD([model.gating.gates.weight], lr=0.1, momentum=0.9)
-    for _ in range(steps):
-        gates = torch.cat(model.gating(images()), 1)
-        optimizer.zero_grad()
-        gating_terms(model)['loss_gate'].backward()
-        optimizer.step()
-    expected = sum((1 - 0.9**i) / 300 for i in range(steps))  # momentum has not reached its full speed at first
-    assert (1 - gates.mean()).item() == pytest.approx(expected, rel=0.3)
+def test_frozen_gating_has_a_fixed_threshold():
+    model = randomise(small('cifar', target_kept=0.5)).train()
+    deepmoe_plugin.freeze_gating(model)
+    model(images())
+    gating_terms(model)
+    assert model.gating.gates.threshold == 0

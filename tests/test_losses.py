@@ -146,7 +146,7 @@ def test_both_weights_are_zero_when_frozen():
     model = randomise(small('cifar', freeze_gating=True))
     total, base, terms = run(model)
     torch.testing.assert_close(total, base, rtol=0, atol=0)
-    assert terms.keys() == {'kept_experts'}
+    assert terms.keys() == {'kept_experts', 'dynamic_experts'}
 
 
 # A hand-written loop
@@ -195,26 +195,30 @@ def test_loss_does_not_own_the_network():
     assert model.state_dict().keys() == small('cifar').state_dict().keys()
 
 
-# The budget steers lambda
+# The budget
 
 
 @pytest.mark.parametrize('target', [dict(target_kept=0.5), dict(target_macs=0.6)])
-def test_budget_decides_about_the_sign_of_the_gate_loss(target):
-    model = small('cifar', **target)
-    assert run_again(model)[2]['loss_gate'] > 0
-    with torch.no_grad():
-        model.gating.gates.weight[::8] = 1
-        for offset in range(1, 8):
-            model.gating.gates.weight[offset::8] = -1
-    total, _, terms = run_again(model)
-    assert terms['kept_experts'] < 0.2
-    total.backward()
-    # Below the target the objective falls as gates rise, closed ones included.
-    assert (model.gating.gates.weight.grad[1::8].sum(1) < 0).all()
+def test_with_a_target_the_threshold_closes_gates_and_nothing_is_added_to_the_loss(target):
+    model = randomise(small('cifar', target_steps=1, **target)).train()
+    for _ in range(60):
+        terms = run_again(model)[2]
+    assert 'loss_gate' not in terms
+    assert 0 < terms['kept_experts'] < 0.7
+    assert 0 < terms['dynamic_experts'] <= 1
+    spent = model._macs().spent(torch.cat(model.gating(images()), 1) > 0).mean()
+    assert (terms['kept_experts'] if 'target_kept' in target else spent).item() == pytest.approx(
+        next(iter(target.values())), abs=0.05
+    )
+
+
+def test_norm_still_presses_on_the_gates_where_its_weight_is_given_with_a_target():
+    terms = run_again(small('cifar', target_kept=0.5, gate_loss_weight=0.1))[2]
+    assert terms['loss_gate'].item() == pytest.approx(0.1, rel=1e-4)
 
 
 def test_training_with_a_target_reaches_it():
     torch.manual_seed(0)
-    kept = train_gates(tiny(target_kept=0.4), 400)
+    kept = train_gates(tiny(target_kept=0.4, target_steps=200), 400)
     assert kept[0] == 1
     assert abs(sum(kept[-100:]) / 100 - 0.4) < 0.1

@@ -77,7 +77,7 @@ def create_images(args: argparse.Namespace, settings: dict[str, Any]) -> Images:
         ValueError: there are no images, or their classes are not those of the network.
     """
     config = data_config(settings)
-    dataset = _create_dataset(args.data_dir, config, settings)
+    dataset = create_dataset_of(args.data_dir, config, settings)
     reader = getattr(dataset, 'reader', None)
     classes, files = _classes(dataset), []
     if reader is not None and hasattr(reader, 'class_to_idx'):
@@ -111,7 +111,7 @@ def create_images(args: argparse.Namespace, settings: dict[str, Any]) -> Images:
     return Images(loader, classes, files, config['mean'], config['std'])
 
 
-def _create_dataset(folder: str, config: dict[str, Any], settings: dict[str, Any]) -> Any:
+def create_dataset_of(folder: str, config: dict[str, Any], settings: dict[str, Any]) -> Any:
     options = {argument: settings[name] for name, argument in DATASET.items() if settings.get(name)}
     options.setdefault('split', 'validation')
     options.setdefault('input_img_mode', 'RGB' if config['input_size'][0] == 3 else 'L')

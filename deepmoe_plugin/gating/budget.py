@@ -1,94 +1,89 @@
-"""The budget: a controller of lambda that leads the average cost of an image to a target."""
+"""The budget: a controller of the threshold that leads the average cost of an image to a target."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import GatingConfig
+from .heads import GateHeads
 
+Cost = Callable[[Tensor], Tensor]
+"""Maps the experts that images keep (B, N), boolean, to the fraction that each image spends (B,)."""
 
-def default_weight(config: GatingConfig, widths: Sequence[int]) -> float:
-    """lambda where none is given.
-
-    One step of SGD at learning rate r and momentum 0.9 moves a gate by about 10 r lambda / (N K): its share in the
-    mean over N gates is 1/N, and the squares of K even mixture weights sum to 1/K.
-    """
-    if not config.has_target:
-        return 1.0
-    return config.num_latent_experts / 300 * (1 if config.gate_norm == 'sum' else sum(widths))
+BISECTIONS = 16
 
 
 class GateBudget(nn.Module):
-    """Steers lambda so that the average cost (kept experts or MACs) settles at a target.
+    """Raises the threshold of the gates until the average image spends the target, and holds it there (ours).
 
-    The cost does not change before the first gate reaches zero, and then most gates follow at once. So lambda follows
-    the distance that gates still have to go: the threshold t at which the experts with a gate above t would cost just
-    the target. Gates move at a speed proportional to lambda. With lambda proportional to t, they slow down on their
-    way to the target. Below the target, t and lambda are negative, and the loss raises the gates above t, closed ones
-    included. The factor, `strength`, finds its own scale: it grows while the running average of the error in cost is
-    outside the tolerance, and shrinks each time that average changes sign after it has been outside. The state is
-    saved with the model.
+    The budget falls from everything to the target along a cubic curve, steep at first and flat at the end: the least
+    useful experts close first, one after the other, and the network learns to do without them meanwhile. The paper's
+    L1 norm moves all gates at once, and at the end of its way they close at once.
 
     Args:
-        target: fraction to settle at.
-        strength: the factor to start with.
+        target: fraction of the cost to settle at.
+        steps: training steps until the budget has fallen to the target.
     """
 
-    growth = 0.01
-    shrink = 0.7
-    tolerance = 0.01
-    momentum = 0.95
-    bisections = 12
-    sample = 16  # images that the threshold is found on
+    momentum = 0.9
+    sample = 32  # images of a batch that the threshold is found on
+    step_count: Tensor
 
-    def __init__(self, target: float, strength: float, device: Any = None) -> None:
+    def __init__(self, target: float, steps: int, device: Any = None) -> None:
         super().__init__()
         self.target = target
-        self.strength: Tensor
-        self.error: Tensor
-        self.peak: Tensor
-        self.register_buffer('strength', torch.tensor(float(strength), device=device))
-        self.register_buffer('error', torch.tensor(0.0, device=device))
-        self.register_buffer('peak', torch.tensor(0.0, device=device))
+        self.steps = steps
+        self.register_buffer('step_count', torch.zeros((), dtype=torch.long, device=device))
 
     @torch.no_grad()
-    def step(self, preact: Tensor, cost: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Look at one batch.
+    def step(self, gates: GateHeads, preact: Tensor, cost: Cost) -> None:
+        """Look at one batch and move the threshold for the next.
 
         Args:
-            preact: gates before their ReLU, shape (B, N).
-            cost: maps the experts that images keep (B, N, boolean) to the fraction that each image spends (B,).
-
-        Returns:
-            lambda, a scalar, signed, and the threshold t, -inf where no gate is near enough to spend the target.
+            gates: the heads, whose threshold moves.
+            preact: `W e` of the batch, (B, N).
+            cost: of kept experts (kept experts or MACs).
         """
-        error = (_average(cost(preact > 0)) - self.target).to(self.strength.dtype)
-        average = torch.lerp(error, self.error, self.momentum)
-        crossed = average * self.error < 0
-        overshot = crossed & (self.peak > 2 * self.tolerance)
-        self.strength.mul_(torch.where(overshot, self.shrink, 1.0))
-        self.strength.mul_(torch.where(average.abs() > self.tolerance, 1 + self.growth, 1.0))
-        self.peak.copy_(torch.where(crossed, average.abs(), torch.maximum(self.peak, average.abs())))
-        self.error.copy_(average)
-        distance = self._distance(preact[: self.sample], cost)
-        return self.strength * distance, torch.where(distance < -0.99, -torch.inf, distance)
+        self.step_count += 1
+        left = (1 - self.step_count.double() / max(1, self.steps)).clamp(min=0)
+        goal = self.target + (1 - self.target) * left**3
+        found = find_threshold(preact[: self.sample], cost, goal).to(gates.threshold.dtype)
+        is_first = self.step_count == 1
+        gates.threshold.copy_(torch.where(is_first, found, torch.lerp(found, gates.threshold, self.momentum)))
 
-    def _distance(self, preact: Tensor, cost: Callable[[Tensor], Tensor]) -> Tensor:
-        """The threshold at which the target is spent, at most 1 either way; found without leaving the device."""
-        low, high = self.strength.new_tensor([-1.0, 1.0])
-        for _ in range(self.bisections):
-            middle = (low + high) / 2
-            too_much = _average(cost(preact > middle)) > self.target
-            low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
-        return (low + high) / 2
+
+@torch.no_grad()
+def find_threshold(preact: Tensor, cost: Cost, goal: Tensor | float) -> Tensor:
+    """The threshold at which images spend `goal` on average over all processes; found without leaving the device.
+
+    Args:
+        preact: `W e` of the images, (B, N).
+        cost: of kept experts.
+        goal: fraction of the cost.
+
+    Returns:
+        A scalar, at least zero: gates that are closed at zero cannot open.
+    """
+    low = preact.new_zeros(())
+    high = preact.max().clamp(min=0) + 1e-6
+    if _is_distributed():
+        torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        too_much = _average(cost(preact > middle)) > goal
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
+    return torch.where(_average(cost(preact > 0)) > goal, high, 0)
 
 
 def _average(values: Tensor) -> Tensor:
     """Mean over a batch, that of all processes."""
     mean = values.mean()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _is_distributed():
         torch.distributed.all_reduce(mean)
         mean = mean / torch.distributed.get_world_size()
     return mean
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

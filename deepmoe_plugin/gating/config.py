@@ -26,16 +26,17 @@ class GatingConfig(SpecialisationConfig):
     num_latent_experts: int = 64
     """K, length of the latent mixture weights `e`."""
     gate_loss_weight: float | None = None
-    """lambda of Eq. 7; 1 by default, 0 when gating is frozen. With a target: its initial value, by default one that
-    moves a gate by 1 in about 300 steps of SGD (learning rate 0.1, momentum 0.9), whatever the size of the network."""
+    """lambda of Eq. 7; by default 1, and 0 with a target or when gating is frozen."""
     embed_loss_weight: float = 0.0
     """mu of Eq. 7; 0 creates no embedding classifier (paper: 1 for CIFAR, 0 for ImageNet)."""
     gate_norm: GateNorm = 'mean'
     """L_g: 'mean' over all gates, 'sum' per image (Eq. 8 to the letter), 'macs' weighs an expert by its MACs."""
     target_kept: float | None = None
-    """Fraction of experts to keep on average; lambda then adjusts itself during training."""
+    """Fraction of experts to keep on average (ours): a threshold of the gates then rises until the target is met."""
     target_macs: float | None = None
-    """Fraction of the base network's dense MACs to spend on average; lambda then adjusts itself."""
+    """The same for the fraction of the base network's dense MACs to spend on average."""
+    target_steps: int = 1000
+    """Training steps in which the budget falls from everything to the target."""
     freeze_gating: bool = False
     """Stage 2 of Procedure 1: gates stay as loaded, norm statistics included; both weights are 0."""
     embedding_channels: Sequence[int] = (16, 32, 64, 128, 256)
@@ -66,8 +67,7 @@ class GatingConfig(SpecialisationConfig):
                 raise ValueError(f'{name} must lie between 0 and 1 (a fraction), got {value}.')
         if self.target_kept is not None and self.target_macs is not None:
             raise ValueError('target_kept and target_macs contradict each other: give one of them.')
-        if self.has_target and self.gate_loss_weight == 0:
-            raise ValueError('gate_loss_weight must be > 0 with target_kept or target_macs: it is where lambda starts.')
+        check_whole('target_steps', self.target_steps)
         channels = self.embedding_channels
         if not isinstance(channels, Sequence) or not channels or not all(is_whole(width) for width in channels):
             raise ValueError(f'embedding_channels must be a list of whole numbers >= 1, got {channels!r}.')

@@ -1,4 +1,4 @@
-"""The gate heads: from latent mixture weights to `W e`, whose ReLU is the gates."""
+"""The gate heads: from latent mixture weights to `W e`, and from `W e` to the gates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +31,7 @@ class GateHeads(nn.Module):
         spread = torch.cat([spread, -spread, spread.new_zeros(len(spread), num_latent_experts % 2)], dim=1)
         spread = spread.gather(1, torch.rand_like(spread).argsort(dim=1))
         self.weight = nn.Parameter((1 + spread).to(dtype or torch.get_default_dtype()))
+        self.register_buffer('threshold', torch.zeros((), device=device))
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Map mixture weights (B, K) to `W e`, shape (B, N), at least in float32, under autocast too."""
@@ -39,6 +40,18 @@ class GateHeads(nn.Module):
             return F.linear(mixture, weight)
         with torch.autocast(mixture.device.type, enabled=False):
             return F.linear(mixture, weight)
+
+    def cut(self, preact: Tensor, straight_through: bool = False) -> Tensor:
+        """Map `W e` to gates, both (B, N): zero where the expert is closed.
+
+        Args:
+            straight_through: a closed gate has the gradient of a kept one (ours), so that what an expert would do for
+                an image decides whether it opens again. By default it has none, as under a ReLU.
+        """
+        kept = preact > self.threshold
+        if straight_through:
+            return preact - torch.where(kept, 0, preact).detach()
+        return torch.where(kept, preact, 0)
 
     def split(self, packed: Tensor) -> list[Tensor]:
         """Cut (B, N) into one (B, C_l) for each gated layer."""

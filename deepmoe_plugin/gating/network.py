@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..specialisation import SpecialisationConfig
 from ..terms import Passes
 from ..tracing import is_traced
-from .budget import GateBudget, default_weight
+from .budget import GateBudget
 from .config import GatingConfig
 from .embedding import ShallowEmbedding
 from .heads import GateHeads
@@ -19,8 +19,7 @@ class GatingRecord(NamedTuple):
     """What one training forward pass leaves for its loss.
 
     Attributes:
-        preact: `W e` before the ReLU, shape (B, N), N the number of experts of all layers together; with a target,
-            without gradient to `e`.
+        preact: `W e`, shape (B, N), N the number of experts of all layers together.
         embed_logits: class logits of the embedding, shape (B, num_classes), or None without `L_e`.
         mixture: latent mixture weights, shape (B, K), where a loss of `SpecialisationConfig` needs them.
         samples: what the similarity loss takes distances of, shape (B, ...), where it is asked for.
@@ -61,9 +60,9 @@ class GatingNetwork(nn.Module):
         self.min_size = min_size
         self.gate_norm = config.gate_norm
         self.embed_loss_weight = config.embed_loss_weight
-        self.gate_loss_weight = default_weight(config, widths)
-        if config.gate_loss_weight is not None:
-            self.gate_loss_weight = config.gate_loss_weight
+        self.gate_loss_weight = config.gate_loss_weight
+        if self.gate_loss_weight is None:
+            self.gate_loss_weight = 0.0 if config.has_target else 1.0
         self.specialisation: SpecialisationConfig = config
         self.similarity_of = config.similarity_of
         self.budget_on_macs = config.target_macs is not None
@@ -80,7 +79,7 @@ class GatingNetwork(nn.Module):
             )
         self.reset_classifier(num_classes)
         target = config.target_macs if self.budget_on_macs else config.target_kept
-        self.budget = None if target is None else GateBudget(target, self.gate_loss_weight, device)
+        self.budget = None if target is None else GateBudget(target, config.target_steps, device)
         self.passes = Passes()
         if config.freeze_gating:
             self.freeze()
@@ -116,9 +115,10 @@ class GatingNetwork(nn.Module):
         if checked:
             self._check_finite(mixture)
         preact = self.gates(mixture)
+        gates = self.gates.cut(preact, straight_through=self.budget is not None and self.training)
         if (self.training or self.frozen) and self.passes.wanted(x):
-            return self.passes.leave(self._record(mixture, preact, x if samples is None else samples), preact.relu())
-        return preact.relu()
+            return self.passes.leave(self._record(mixture, preact, x if samples is None else samples), gates)
+        return gates
 
     def keep_first(self, num_layers: int) -> None:
         """Drop the gates of all layers but the first `num_layers`, and the embedding if none is left."""
@@ -128,10 +128,6 @@ class GatingNetwork(nn.Module):
             self.class_scores = None
 
     def _record(self, mixture: Tensor, preact: Tensor, samples: Tensor) -> GatingRecord:
-        if self.budget is not None:
-            # A lambda as large as a target may need would drive the mixture to its cheapest latent expert, the same
-            # for every image: towards a target, L_g trains the gate heads and leaves the embedding alone.
-            preact = self.gates(mixture.detach())
         logits = None
         if self.class_scores is not None:
             # Mixture weights average 1/K; scaled to average 1 they train the classifier at ordinary learning rates.

@@ -1,0 +1,108 @@
+"""`deepmoe compress`: from a trained dense network to a cheaper gated one."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from deepmoe_plugin.cli import compress
+
+ARGS = ['--model-kwargs', 'layers=(1,1,1)', '--epochs', '2', '--batch-size', '16', '--workers', '0']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Images of two classes, bright and dark, and a dense network."""
+    root = tmp_path_factory.mktemp('compress')
+    random = np.random.default_rng(0)
+    for split, count in (('train', 24), ('val', 8)):
+        for label, base in (('bright', 170), ('dark', 60)):
+            (root / 'data' / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(base + random.normal(0, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / 'data' / split / label / f'{i}.png')
+    torch.manual_seed(0)
+    model = timm.create_model('resnet20_cifar', layers=(1, 1, 1), num_classes=2)
+    save_file(model.state_dict(), root / 'dense.safetensors')
+    return root
+
+
+def run(folder, output, *more):
+    checkpoint = ['--checkpoint', str(folder / 'dense.safetensors'), '--data-dir', str(folder / 'data')]
+    return compress.main(['resnet20_cifar', *checkpoint, '--output', str(output), *ARGS, *more])
+
+
+def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path):
+    summary = run(folder, tmp_path, '--macs', '0.6')
+    dense, gated = summary['results']
+    assert gated['gmacs'] / dense['gmacs'] == pytest.approx(0.6, abs=0.06)
+    assert gated['kept_experts'] < 1
+    assert (tmp_path / 'experts.png').stat().st_size > 1000
+    assert json.loads((tmp_path / 'results.json').read_text())['results'] == summary['results']
+    assert (tmp_path / 'results.md').read_text().count('\n') == 4
+    model = timm.create_model(summary['network'], **summary['model_kwargs'])
+    model.load_state_dict(load_file(tmp_path / 'compressed.safetensors'), strict=False)
+    assert model.gating.gates.threshold > 0
+
+
+def test_resumed_run_ends_as_one_that_was_not_interrupted(folder, tmp_path, monkeypatch):
+    whole = run(folder, tmp_path / 'whole')
+    saved = compress._save
+
+    def save_and_stop(*args):
+        saved(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, '_save', save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, tmp_path / 'parts')
+    parts = run(folder, tmp_path / 'parts', '--resume')
+    assert parts['results'] == whole['results']
+    first, second = (load_file(tmp_path / name / 'compressed.safetensors') for name in ('whole', 'parts'))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_baseline_trains_as_long(folder, tmp_path):
+    rows = run(folder, tmp_path, '--baselines', 'dense')['results']
+    assert [row['name'] for row in rows] == ['dense', 'dense, 2 epochs', 'gated, 2 epochs']
+    assert rows[0]['gmacs'] == rows[1]['gmacs']
+
+
+@pytest.mark.parametrize(
+    ('name', 'gated'),
+    [
+        ('resnet50', 'narrow_deepmoe_resnet50'),
+        ('wide_resnet50_2', 'wide_deepmoe_resnet50'),
+        ('vgg16_bn', 'narrow_deepmoe_vgg16_bn'),
+        ('wide_deepmoe_resnet18', 'wide_deepmoe_resnet18'),
+    ],
+)
+def test_gated_twin(name, gated):
+    assert compress.gated_twin(name) == gated
+
+
+@pytest.mark.parametrize(
+    ('more', 'words'),
+    [
+        (['--macs', '1.5'], '--macs must be a fraction'),
+        (['--macs', '0.05'], '--macs 0.05 cannot be reached'),
+        (['--epochs', '0'], '--epochs must be at least 1'),
+        (['--distill', '2'], '--distill must be a fraction'),
+    ],
+)
+def test_refused_before_any_work(folder, tmp_path, capsys, more, words):
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path / 'out', *more)
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_network_without_a_gated_twin_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        compress.main(['mobilenetv3_small_100', '--data-dir', 'nowhere'])
+    assert 'no gated twin' in capsys.readouterr().err

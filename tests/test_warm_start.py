@@ -1,0 +1,102 @@
+"""Gates of a trained network: the function stays, the order of closing is informed, and gates know the image."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import images, randomise, small
+from torch import nn
+
+from deepmoe_plugin import gate_statistics, set_budget, warm_start
+
+STRUCTURES = ['cifar', 'bottleneck_a', 'vgg_cifar']
+
+
+def loader(batches=4, batch=16, size=32):
+    """Images of two kinds, bright and dark, that a network with random weights already treats differently."""
+    found = []
+    for i in range(batches):
+        labels = torch.arange(batch) % 2
+        x = 0.3 * images(batch, size, seed=i) + (2.0 * labels - 1)[:, None, None, None]
+        found.append((x, labels))
+    return found
+
+
+def trained(structure, **kwargs):
+    """A network whose gates are all one, as after the weights of its dense twin were loaded."""
+    model = small(structure, **kwargs)
+    base = randomise(small(structure, gated=False)).state_dict()
+    model.load_state_dict(base)
+    return model
+
+
+@pytest.mark.parametrize('structure', STRUCTURES)
+def test_network_stays_nearly_what_it_was_and_keeps_all_experts(structure):
+    model = trained(structure).eval()
+    x = loader()[0][0]
+    before = model(x)
+    warm_start(model, loader(), nn.CrossEntropyLoss(), epochs=8, progress=False)
+    assert gate_statistics(model, x).kept_experts == 1
+    after = model(x)
+    assert not torch.equal(after, before)
+    error = (after - before).norm() / (before - before.mean(0)).norm()
+    assert error < 0.35
+
+
+def test_the_experts_that_matter_least_close_first():
+    model = trained('cifar').eval()
+    data = loader()
+    with torch.no_grad():  # nobody reads the first half of the experts of the first layer
+        layer = model.expert_layers[0]
+        model.get_submodule(layer.consumer).weight[:, : model.gating.gates.widths[0] // 2] = 1e-6
+    warm_start(model, data, nn.CrossEntropyLoss(), epochs=1, progress=False)
+    set_budget(model, torch.cat([x for x, _ in data]), kept=0.6)
+    kept = gate_statistics(model, data).kept[:, : model.gating.gates.widths[0]].float()
+    half = kept.shape[1] // 2
+    assert kept[:, :half].mean() < 0.1 < 0.5 < kept[:, half:].mean()
+
+
+def test_gates_differ_between_images_without_labels():
+    torch.manual_seed(0)
+    model = trained('cifar').eval()
+    data = [(x, torch.zeros(len(x), dtype=torch.long)) for x, _ in loader(8)]
+    warm_start(model, data, nn.CrossEntropyLoss(), epochs=12, progress=False)
+    set_budget(model, torch.cat([x for x, _ in data]), kept=0.5)
+    stats = gate_statistics(model, data)
+    assert stats.dynamic_experts > 0.1
+    kinds = stats.by_class(loader(1)[0][1].repeat(8))
+    assert (kinds[0] - kinds[1]).abs().max() > 0.8  # some experts are those of bright images, some of dark ones
+
+
+def test_worth_is_the_gradient_of_the_gates():
+    """Against the definition: |loss change to first order| of each gate, image by image."""
+    from deepmoe_plugin.warm_start import _measure
+
+    model = trained('cifar').eval()
+    data = loader(2, 4)
+    worth, activation = _measure(model, model, data, nn.CrossEntropyLoss(), 8, progress=False)
+    expected = torch.zeros_like(worth)
+    for x, labels in data:
+        for image, label in zip(x, labels, strict=True):
+            gates = torch.ones(1, len(worth), requires_grad=True)
+            model.gating.packed_gates = lambda _, gates=gates: gates
+            F.cross_entropy(model(image[None]), label[None]).backward()
+            del model.gating.packed_gates
+            expected += gates.grad[0].abs()
+    torch.testing.assert_close(worth, expected / 8, rtol=1e-3, atol=1e-6)
+    assert (activation >= 0).all()
+
+
+def test_mode_and_other_parameters_stay_and_no_hook_is_left():
+    model = trained('cifar').train()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not name.startswith('gating.')}
+    consumers = {f'{layer.consumer}.weight' for layer in model.expert_layers}
+    warm_start(model, loader(1), nn.CrossEntropyLoss(), epochs=1, progress=False)
+    assert model.training
+    moved = {name for name, p in model.named_parameters() if name in frozen and not torch.equal(p, frozen[name])}
+    assert moved == consumers
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_empty_loader_is_refused():
+    with pytest.raises(ValueError, match='no batch'):
+        warm_start(trained('cifar'), [], nn.CrossEntropyLoss(), progress=False)
