@@ -7,6 +7,7 @@ importing `deepmoe_plugin.mmseg` registers backbones and hooks with MMSegmentati
 from typing import Any
 
 from . import timm_hook
+from .chosen import ChosenExperts, chosen_experts
 from .gating import GatingConfig
 from .losses import DeepMoELoss
 from .macs import MacsReport, count_macs
@@ -19,6 +20,7 @@ from .terms import TermSource, gating_terms
 __version__ = '0.1.0'
 
 __all__ = [
+    'ChosenExperts',
     'DeepMoE',
     'DeepMoELoss',
     'GateStatistics',
@@ -27,6 +29,7 @@ __all__ = [
     'Pruning',
     'TermSource',
     '__version__',
+    'chosen_experts',
     'count_macs',
     'deepmoe_resnet',
     'deepmoe_vgg',

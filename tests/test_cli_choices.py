@@ -124,9 +124,8 @@ def test_choice_and_metrics_of_evaluate(folder: Path, tmp_path: Path, network: s
 def test_latent_mixture_of_a_deepmoe_network_is_measured_too(folder: Path, tmp_path: Path) -> None:
     yaml = tmp_path / 'small.yaml'
     kwargs = '{in_chans: 1, layers: [1, 1, 1], num_latent_experts: 6}'
-    yaml.write_text(
-        f'model: narrow_deepmoe_resnet20_cifar\ninput_size: [1, 36, 36]\nmean: [0.1]\nstd: [0.3]\nmodel_kwargs: {kwargs}\n'
-    )
+    options = 'input_size: [1, 36, 36]\nmean: [0.1]\nstd: [0.3]\n'
+    yaml.write_text(f'model: narrow_deepmoe_resnet20_cifar\n{options}model_kwargs: {kwargs}\n')
     data = ['--data-dir', str(folder / 'data'), '--workers', '0', '--device', 'cpu']
     summary = evaluate.main([str(yaml), *data])
     assert summary['mixtures'][0]['experts'] == 6
