@@ -8,6 +8,7 @@ from typing import Any
 
 from . import timm_hook
 from .budgets import set_budget
+from .chosen import ChosenExperts, chosen_experts
 from .gating import GatingConfig
 from .losses import DeepMoELoss
 from .macs import MacsReport, count_macs
@@ -21,6 +22,7 @@ from .warm_start import warm_start
 __version__ = '0.1.0'
 
 __all__ = [
+    'ChosenExperts',
     'DeepMoE',
     'DeepMoELoss',
     'GateStatistics',
@@ -29,6 +31,7 @@ __all__ = [
     'Pruning',
     'TermSource',
     '__version__',
+    'chosen_experts',
     'count_macs',
     'deepmoe_resnet',
     'deepmoe_vgg',

@@ -96,12 +96,13 @@ def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCo
     classifying = backbone or next((m for m in model.modules() if hasattr(m, 'get_classifier')), None)
     get_classifier = getattr(classifying, 'get_classifier', None)
     classifier = get_classifier() if get_classifier is not None else None
+    classifiers = [] if classifier is None else list(classifier.modules())  # each expert may have one
     costs: list[ModuleCost] = []
 
     def group_of(module: nn.Module, name: str) -> str:
         if isinstance(module, GateHeads):
             return 'gate_heads'
-        if not name.startswith(prefix) or module is classifier or name.startswith(f'{prefix}pre_logits.'):
+        if not name.startswith(prefix) or module in classifiers or name.startswith(f'{prefix}pre_logits.'):
             return 'head'
         if network is not None and name.startswith(f'{prefix}gating.'):
             return 'embedding'
@@ -122,9 +123,10 @@ def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCo
     measured = [m for m in model.modules() if isinstance(m, _ConvNd | nn.Linear | GateHeads)]
     hooks = [module.register_forward_hook(measure) for module in measured]
     first = next((m for m in measured if isinstance(m, nn.Conv2d)), None)
-    if first is None:
+    channels = getattr(model, 'in_chans', None) if first is None else first.in_channels
+    if channels is None:
         raise ValueError(f'{type(model).__name__} has no convolution: there is nothing to count for images.')
-    image = torch.empty(1, first.in_channels, *image_size, device='meta', dtype=first.weight.dtype)
+    image = torch.empty(1, channels, *image_size, device='meta', dtype=next(model.parameters()).dtype)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     meta = {name: tensor.to('meta') for name, tensor in tensors.items()}
     was_training = {module: module.training for module in model.modules()}

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import check_whole
+from .experts import deepmoe_networks
 from .information import gate_entropy, mutual_information, use_entropy
 from .specialisation import SpecialisationConfig
 from .terms import Criterion, Passes, Terms, TermSource
@@ -100,6 +101,27 @@ class Mixture(TermSource):
             )
         if not x.is_floating_point():
             raise ValueError(f'Expected floating-point images, got {x.dtype}: scale and normalise them first.')
+
+
+def mixture_record(model: nn.Module, images: Tensor, predicted: Tensor) -> MixtureRecord | None:
+    """The gates that sum to one of a network, and what they lead to; None if it has none.
+
+    Args:
+        model: a `Mixture`; a DeepMoE network, whose latent mixture then is the gate; or any other network.
+        images: shape (B, in_chans, H, W).
+        predicted: class that the network predicts, shape (B,).
+
+    Returns:
+        On the CPU.
+    """
+    if isinstance(model, Mixture):
+        record = model.look(images) if model.has_gates else None
+    else:
+        network = next(deepmoe_networks(model), None)
+        record = None if network is None else MixtureRecord([network.gating.embedding(images)], predicted, images)
+    if record is None:
+        return None
+    return MixtureRecord([gates.cpu() for gates in record.gates], record.predicted.cpu(), images)
 
 
 def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:

@@ -453,6 +453,40 @@ def test_onnx_with_dynamic_batch(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(output), model(x[:3]), rtol=1e-3, atol=1e-4)
 
 
+def train_distributed(case: str, rank: int | None) -> dict[str, Tensor]:
+    """Three steps on a batch, or under DDP on the part of it that belongs to a process."""
+    model = build(case, balance_margin=1.0).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    task = ClassificationTask(model, nn.CrossEntropyLoss())
+    if rank is not None:
+        task.prepare_distributed()
+    for seed in range(3):
+        x, y = batch_for(model, 12, seed)
+        part = slice(None) if rank is None else slice(6 * rank, 6 * rank + 6)
+        optimizer.zero_grad()
+        task(x.double()[part], y[part])['loss'].backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+def worker(rank: int, folder: str, case: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    torch.save(train_distributed(case, rank), f'{folder}/rank{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """With the constraint: the examples of both are counted in the order of one batch."""
+    torch.multiprocessing.spawn(worker, (str(tmp_path), 'stacked'), nprocs=2)
+    expected = train_distributed('stacked', None)
+    for rank in range(2):
+        state = torch.load(tmp_path / f'rank{rank}.pt', weights_only=True)
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-9, msg=name)
+    assert expected['layers.0.balance.units'].sum() > 0
+
+
 # Phases
 
 

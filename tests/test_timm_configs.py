@@ -22,7 +22,9 @@ from torch import nn
 import deepmoe_plugin
 from deepmoe_plugin.macs import GATING_GROUPS, GROUPS, MacsTable
 
-CONFIGS = sorted((Path(__file__).parents[1] / 'configs/timm').glob('*.yaml'))
+ALL = sorted((Path(__file__).parents[1] / 'configs/timm').glob('*.yaml'))
+SIBLINGS = [path for path in ALL if path.stem.startswith(('dmoe_', 'moe_'))]
+CONFIGS = [path for path in ALL if path not in SIBLINGS]
 STAGE2 = [path for path in CONFIGS if path.stem.endswith('_stage2')]
 CIFAR = [path for path in CONFIGS if 'cifar' in path.read_text()]
 STAGE1 = [path for path in CIFAR if path not in STAGE2]
@@ -82,7 +84,7 @@ def test_all_configs_are_found() -> None:
 
 
 @pytest.mark.skipif('TIMM_REPO' not in os.environ, reason="TIMM_REPO (a checkout of timm's repository) is not set")
-@pytest.mark.parametrize('path', CONFIGS, ids=ids)
+@pytest.mark.parametrize('path', ALL, ids=ids)
 def test_options_are_known_to_train_py(path: Path) -> None:
     source = Path(os.environ['TIMM_REPO'], 'train.py').read_text()
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
@@ -109,6 +111,30 @@ def test_model_builds(path: Path) -> None:
     expected = ('torch/cifar100', 100, (3, 32, 32)) if path in CIFAR else (None, 1000, (3, 224, 224))
     assert (config.get('dataset'), model.num_classes, model.pretrained_cfg['input_size']) == expected
     assert config['smoothing'] == 0
+
+
+@pytest.mark.parametrize('path', SIBLINGS, ids=ids)
+def test_sibling_builds_for_the_images_of_its_config(path: Path) -> None:
+    config = load(path)
+    model = build(path)
+    assert config['device_modules'] == ['deepmoe_plugin']
+    assert tuple(config['input_size']) == (model.in_chans, *model.img_size)
+    assert config['smoothing'] == 0
+    assert (config['opt'] == 'adam') == path.stem.startswith('moe_')
+
+
+def test_siblings_are_those_of_both_papers() -> None:
+    stacked = {path.stem for path in SIBLINGS if path.stem.startswith('dmoe_')}
+    rows = {stem for stem in stacked if 'dnn' not in stem and not stem.endswith('_phase2')}
+    assert len(rows) == 5
+    assert stacked - rows == {f'{row}_phase2' for row in rows} | {
+        row.replace('dmoe', 'dmoe_dnn', 1) for row in rows if row != 'dmoe_4x100'
+    }
+    assert all('balance_margin' in load(path)['model_kwargs'] for path in SIBLINGS if path.stem in rows)
+    for name, epochs, batch in (('moe_mnist', 20, 512), ('moe_fashion_mnist', 20, 512), ('moe_cifar100', 40, 256)):
+        kinds = [load(path) for path in SIBLINGS if path.stem.startswith(name) and 'distilled' not in path.stem]
+        assert len(kinds) == 7
+        assert {(kind['epochs'], kind['batch_size'], kind['lr']) for kind in kinds} == {(epochs, batch, 0.001)}
 
 
 @pytest.mark.parametrize('path', IMAGENET, ids=ids)

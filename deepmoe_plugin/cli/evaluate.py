@@ -24,6 +24,7 @@ import deepmoe_plugin
 
 from ..experts import expert_widths
 from ..macs import MacsReport, macs_table
+from ..mixture import MixtureRecord, mixture_record, specialisation_of
 from ..network import deepmoe_networks
 from ..stats import kept_experts
 from .images import Images, add_image_arguments, create_images
@@ -43,6 +44,8 @@ class Evaluation(NamedTuple):
         kept: fraction of experts that each image keeps in each gated layer, shape (images, layers).
         widths: experts of each gated layer, by the module name of its convolution; empty for a dense network.
         dead: number of experts of each gated layer that no image keeps.
+        mixtures: what the gates of each layer whose gates sum to one tell, in bits (see `specialisation_of`); of a
+            DeepMoE network, the latent mixture.
     """
 
     labels: Tensor
@@ -52,6 +55,7 @@ class Evaluation(NamedTuple):
     kept: Tensor
     widths: dict[str, int]
     dead: list[int]
+    mixtures: list[dict[str, float]]
 
     @property
     def experts(self) -> Tensor:
@@ -76,6 +80,7 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], runs: nn
     ever_kept = torch.zeros(sum(widths), dtype=torch.bool)
     columns: dict[str, list[Tensor]] = {'labels': [], 'predicted': [], 'in_top5': [], 'kept': []}
     reports: list[MacsReport] = []
+    records: list[MixtureRecord] = []
     for images, labels in tqdm(loader, desc='evaluate', unit='batch', ncols=100):
         images = images.to(device)
         logits = (runs or model)(images).cpu()
@@ -85,6 +90,9 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], runs: nn
             kept = kept_experts(network, images).cpu()
         reports.append(macs_table(model, (images.shape[2], images.shape[3])).report(kept))
         ever_kept |= kept.any(0)
+        record = mixture_record(model, images, logits.argmax(1))
+        if record is not None:
+            records.append(record)
         columns['labels'].append(labels)
         columns['predicted'].append(best[:, 0])
         columns['in_top5'].append((best == labels[:, None]).any(1))
@@ -95,7 +103,20 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], runs: nn
         macs=_joined(reports),
         widths={layer.conv: width for layer, width in zip(layers, widths, strict=True)},
         dead=[int((~part).sum()) for part in ever_kept.split(widths)] if widths else [],
+        mixtures=_mixtures(records, torch.cat(columns['labels'])),
     )
+
+
+def _mixtures(records: Sequence[MixtureRecord], labels: Tensor) -> list[dict[str, float]]:
+    """What the gates of each layer tell of all images."""
+    if not records:
+        return []
+    predicted = torch.cat([record.predicted for record in records])
+    layers = [torch.cat(gates) for gates in zip(*(record.gates for record in records), strict=True)]
+    return [
+        {'experts': gates.shape[1], **{k: v.item() for k, v in specialisation_of(gates, predicted, labels).items()}}
+        for gates in layers
+    ]
 
 
 def _joined(reports: Sequence[MacsReport]) -> MacsReport:
@@ -151,6 +172,7 @@ def summarise(result: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
         }
         for (layer, width), dead, kept in zip(result.widths.items(), result.dead, result.kept.unbind(1), strict=True)
     }
+    everything['mixtures'] = result.mixtures
     return everything
 
 
@@ -162,6 +184,11 @@ def format_summary(summary: dict[str, Any]) -> str:
         f'GMACs per image {plus_minus(gmacs)}, from {gmacs["min"]:.4g} to {gmacs["max"]:.4g}; all experts kept '
         f'{gmacs["dense"]:.4g}; without shortcuts {gmacs["without_shortcuts"]:.4g}',
         'of these: ' + ', '.join(f'{group} {value:.4g}' for group, value in gmacs['by_group'].items()),
+    ]
+    lines += [
+        f'mixture of {row["experts"]} experts, bits: H_s {row["gate_entropy"]:.3f}, H_u {row["use_entropy"]:.3f}, '
+        f'I(E;Y) {row["prediction_information"]:.3f}, of the true class {row["class_information"]:.3f}'
+        for row in summary['mixtures']
     ]
     if not summary['by_layer']:
         return '\n'.join(lines + _class_table(summary))
