@@ -14,6 +14,7 @@ from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from .experts import check_number
+from .frozen import freeze_norms, unfreeze_norms
 
 _logger = logging.getLogger(__name__)
 
@@ -343,6 +344,7 @@ class GatingNetwork(nn.Module):
         """The gates of all layers side by side, shape (B, N)."""
         if not torch.jit.is_scripting():
             self._check_images(x)
+            self._stay_frozen()
         if len(self.heads.widths) == 0:
             return x.new_zeros((x.shape[0], 0))
         mixture = self.embedding(x)
@@ -391,18 +393,29 @@ class GatingNetwork(nn.Module):
         """Stop training every gating parameter and statistic, whatever `train()` is told later."""
         self.frozen = True
         self.requires_grad_(False)
+        freeze_norms(self)
         self.eval()
 
     @torch.jit.unused
     def unfreeze(self) -> None:
         """Undo `freeze`."""
         self.frozen = False
+        unfreeze_norms(self)
         self.requires_grad_(True)
         self.train()
 
     def train(self, mode: bool = True) -> 'GatingNetwork':
         """Switch to training mode, unless frozen: then the norm statistics must not move either."""
+        self._stay_frozen()
         return super().train(mode and not self.frozen)
+
+    @torch.jit.unused
+    def _stay_frozen(self) -> None:
+        # Hosts that unfreeze a backbone after some epochs set this on all of its parameters.
+        if self.frozen and not torch.compiler.is_compiling():
+            for parameter in self.parameters():
+                if parameter.requires_grad and isinstance(parameter, nn.Parameter):  # not what torch.func puts there
+                    parameter.requires_grad_(False)
 
     @torch.jit.unused
     def _check_images(self, x: Tensor) -> None:
