@@ -7,6 +7,8 @@ from typing import NamedTuple
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+from .plain import REMEDY, oddity
+
 
 class ExpertLayer(NamedTuple):
     """One gated layer: its experts are the output channels of `conv`, read by nobody but `consumer`.
@@ -77,13 +79,20 @@ def vgg_experts(model: nn.Module) -> tuple[ExpertLayer, ...]:
 
 
 def expert_widths(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[int]:
-    """Number of experts of each gated layer."""
+    """Number of experts of each gated layer.
+
+    Raises:
+        ValueError: a wrapper has taken the place of a convolution.
+    """
     return [_conv(model, layer.conv).out_channels for layer in layers]
 
 
 def _conv(model: nn.Module, name: str) -> nn.Conv2d:
     conv = model.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
+    if not isinstance(conv, nn.Conv2d):
+        raise ValueError(
+            f'{name} must be a convolution to tell what its experts are, but {oddity(conv, nn.Conv2d)}: {REMEDY}.'
+        )
     return conv
 
 
@@ -128,7 +137,7 @@ def widen_experts(
     The resized convolutions and norms come with their default initialisation.
 
     Raises:
-        ValueError: see `per_layer`.
+        ValueError: see `per_layer`; a convolution is not a plain one, so that a wider one would be another.
     """
     for layer, factor in zip(layers, per_layer(widen, len(layers)), strict=True):
         if factor == 1:
@@ -145,6 +154,9 @@ def widen_experts(
 
 
 def _resized(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
+    odd = oddity(conv, nn.Conv2d)
+    if odd or conv.groups != 1:
+        raise ValueError(f'widen needs plain convolutions, but one {odd or f"has {conv.groups} groups"}: {REMEDY}.')
     return nn.Conv2d(
         in_channels,
         out_channels,
@@ -153,6 +165,7 @@ def _resized(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
         padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
         dilation=_pair(conv.dilation),
         bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )

@@ -1,6 +1,5 @@
 """The sparse network: a view of the original whose expert layers run on compact weights."""
 
-import copy
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,12 +10,15 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from ..activation import GatedActivation
 from ..experts import expert_widths
 from ..gating import GatingNetwork
 from ..network import DeepMoE
+from ..plain import is_plain
 from . import ragged
 from .conv import FoldedSequence, GatherConv, WeightCache
 from .fold import eval_view, fingerprint, flatten
+from .foreign import check_network
 from .native import Queue
 from .plan import Group, Kept, Plan, Reader, Segment
 from .ragged import RaggedKept
@@ -131,8 +133,8 @@ class SparseBlock(nn.Module):
 
 def _activation(act: nn.Module) -> nn.Module | None:
     """The activation under a gate; None for ReLU, which is fused."""
-    act = getattr(act, 'act', act)
-    return None if isinstance(act, nn.ReLU) else act
+    act = act.act if isinstance(act, GatedActivation) else act
+    return None if is_plain(act, nn.ReLU) else act
 
 
 def _layer(
@@ -305,7 +307,7 @@ def sparse_vgg(network: Any, cache: WeightCache) -> Any:
     view.gating.segments = segments(view)
     if any(layer.consumer == 'pre_logits.fc1' for layer in network.expert_layers):
         conv = network.pre_logits.fc1
-        if conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
+        if is_plain(conv, nn.Conv2d) and conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
             view.pre_logits.fc1 = InputSparseConv(conv)
 
     def forward_intermediates(
@@ -387,6 +389,7 @@ class SparseNetwork(nn.Module):
         if self.masked:
             self._current = (eval_view(self.network), unchanged)
             return
+        check_network(self.network)
         cache = WeightCache(int(self.cache_mb * 2**20))
         build = sparse_vgg if hasattr(self.network, 'features') else sparse_resnet
         view = build(self.network, cache)
@@ -399,8 +402,10 @@ class SparseNetwork(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the network returns in evaluation mode, to float rounding."""
-        return self.view().forward(x, *args, **kwargs)
+        """What the network returns in evaluation mode, to float rounding; on the meta device, by its own modules."""
+        if x.is_meta:  # what counts or traces modules finds those that it knows
+            return self.network(x, *args, **kwargs)
+        return self.view()(x, *args, **kwargs)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -432,11 +437,14 @@ class SparseNetwork(nn.Module):
                 raise
             return getattr(self.network, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> 'SparseNetwork':
-        twin = SparseNetwork(copy.deepcopy(self.network, memo), self.cache_mb)
-        twin.limits, twin.ragged_limits, twin.masked = dict(self.limits), dict(self.ragged_limits), self.masked
-        twin.refresh()
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a file needs the network alone: the view is made again at the first call.
+        return {name: value for name, value in self.__dict__.items() if name not in ('_lock', '_current')}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+        self._current = None
 
 
 def segments(view: nn.Module) -> list[Segment]:
