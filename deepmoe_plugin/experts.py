@@ -1,12 +1,13 @@
 """Where gates sit (Fig. 2): the one definition that networks, losses, counters and sparse execution read."""
 
-from collections.abc import Callable, Sequence
-from numbers import Real
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+from .gating import GatingNetwork
+from .gating.config import check_number
 from .plain import REMEDY, oddity
 
 
@@ -23,6 +24,37 @@ class ExpertLayer(NamedTuple):
     norm: str
     act: str
     consumer: str
+
+
+class GatedNetwork(nn.Module):
+    """A network with gates.
+
+    Attributes:
+        gating: maps images (B, C, H, W) to one gate tensor (B, C_l) for each gated layer.
+        expert_layers: where the gates sit, in the order of the gates.
+        pretrained_cfg: timm's description of the network.
+    """
+
+    gating: GatingNetwork
+    expert_layers: tuple[ExpertLayer, ...]
+    pretrained_cfg: dict[str, Any]
+
+
+def deepmoe_networks(module: nn.Module) -> Iterator[GatedNetwork]:
+    """All DeepMoE networks inside a module, through any wrapper (DDP, torch.compile, a segmentor, ...)."""
+    return (m for m in module.modules() if isinstance(m, GatedNetwork))
+
+
+def find_deepmoe(module: nn.Module) -> GatedNetwork:
+    """The DeepMoE network inside a module.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = list(deepmoe_networks(module))
+    if len(found) != 1:
+        raise ValueError(f'Expected one DeepMoE network in {type(module).__name__}, found {len(found)}.')
+    return found[0]
 
 
 # Module names inside one residual block. The residual stream, the stem and the shortcuts are never gated.
@@ -82,8 +114,11 @@ def expert_widths(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[int]:
     """Number of experts of each gated layer.
 
     Raises:
-        ValueError: a wrapper has taken the place of a convolution.
+        ValueError: something else is in the place of a convolution.
     """
+    for layer in layers:
+        if layer.consumer:
+            _conv(model, layer.consumer)
     return [_conv(model, layer.conv).out_channels for layer in layers]
 
 
@@ -91,7 +126,7 @@ def _conv(model: nn.Module, name: str) -> nn.Conv2d:
     conv = model.get_submodule(name)
     if not isinstance(conv, nn.Conv2d):
         raise ValueError(
-            f'{name} must be a convolution to tell what its experts are, but {oddity(conv, nn.Conv2d)}: {REMEDY}.'
+            f'{name} must be a convolution to tell what its experts are, but it {oddity(conv, nn.Conv2d)}: {REMEDY}.'
         )
     return conv
 
@@ -112,18 +147,6 @@ def per_layer(widen: float | Sequence[float], num_layers: int) -> list[float]:
         if not 0 < factor < float('inf'):
             raise ValueError(f'widen must be positive, got {factor}.')
     return factors
-
-
-def check_number(name: str, value: object) -> None:
-    """Refuse anything but a number as the value of the argument `name`.
-
-    Raises:
-        ValueError: names the argument, and the remedy for the text that YAML makes of `1e-3`.
-    """
-    if isinstance(value, str):
-        raise ValueError(f'{name} must be a number, got the text {value!r}: in YAML, write 1.0e-3 instead of 1e-3.')
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f'{name} must be a number, got {value!r}.')
 
 
 def widen_experts(

@@ -10,6 +10,7 @@ segmentor); 'embedding' and 'gate_heads' are the gating network. A segmentor is 
 the whole image, so without auxiliary heads and without the overlap of sliding windows.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .experts import expert_widths
+from .experts import deepmoe_networks, expert_widths
 from .gating import GateHeads
-from .network import deepmoe_networks
 from .stats import kept_experts
 
 GROUPS = ('base', 'shortcut', 'head', 'embedding', 'gate_heads')
@@ -189,19 +189,29 @@ class MacsTable:
         reads = [dense if cost.reads is None else cost.reads for cost in self.costs]
         writes = [dense if cost.writes is None else cost.writes for cost in self.costs]
         self._reads, self._writes = torch.tensor([reads, writes], device=device)
+        by_layer = [0.0] * dense
+        for cost in self.costs:
+            for layer in (cost.reads, cost.writes):
+                if layer is not None:
+                    by_layer[layer] += cost.macs
+        shares = torch.cat(
+            [torch.full((w,), m / w) for w, m in zip(self.widths, by_layer, strict=True)] or [torch.ones(0)]
+        )
+        self._expert_costs = (shares / shares.sum()).to(device)
 
-    def expert_costs(self) -> Tensor:
+    @functools.cached_property
+    def floor(self) -> float:
+        """Fraction of the dense MACs that the layers without gates cost."""
+        return self.spent(torch.zeros(1, sum(self.widths), dtype=torch.bool)).item()
+
+    def expert_costs(self, device: torch.device = torch.device('cpu')) -> Tensor:  # noqa: B008 (never changed)
         """Share of each expert in the dense MACs of all expert layers, shape (N,), summing to one.
 
         An expert costs its part of the convolution that computes it and of the one that reads it.
         """
-        macs = [0.0] * len(self.widths)
-        for cost in self.costs:
-            for layer in (cost.reads, cost.writes):
-                if layer is not None:
-                    macs[layer] += cost.macs
-        shares = torch.cat([torch.full((w,), m / w) for w, m in zip(self.widths, macs, strict=True)])
-        return shares / shares.sum()
+        if self._macs.device != device:
+            self._to(device)
+        return self._expert_costs
 
     def report(self, kept: Tensor) -> MacsReport:
         """MACs of the images that keep these experts, shape (B, N), boolean."""

@@ -18,17 +18,19 @@ def oddity(module: nn.Module | None, *kinds: type[nn.Module]) -> str:
     """What sets the module apart from a plain one of these kinds, as the end of a sentence; '' if nothing does."""
     kind = next((kind for kind in kinds if isinstance(module, kind)), None)
     if module is None or kind is None:
-        return f'is a {type(module).__name__}'
-    for name in ('weight', 'bias'):
+        return f'is of type {type(module).__name__}'
+    held = {**module._parameters, **module._buffers}
+    for name in ('weight', 'bias') if held or type(module) is not kind else ():
         if not hasattr(module, name):
             continue
-        held = {**module._parameters, **module._buffers}
         if name not in held or hasattr(type(module), name):
             return f'computes its {name} (by a parametrisation, as weight norm or pruning masks)'
         if type(held[name]) not in _TENSORS:
-            return f'has a {type(held[name]).__name__} as its {name}'
-    if any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in _CALLED):
-        return f'is a {type(module).__name__}'
+            return f'has a {name} of type {type(held[name]).__name__}'
+    if type(module) is not kind and any(
+        getattr(type(module), name, None) is not getattr(kind, name, None) for name in _CALLED
+    ):
+        return f'is of type {type(module).__name__}'
     if 'forward' in module.__dict__:
         return 'has another forward than its class'
     if module._forward_hooks or module._forward_pre_hooks:

@@ -10,7 +10,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 
 from .experts import ExpertLayer, expert_widths
-from .network import DeepMoE, find_deepmoe
+from .network import DeepMoE
 from .stats import gate_statistics
 
 Batch = Tensor | tuple[Tensor, ...]
@@ -83,11 +83,11 @@ def _choose(used: Sequence[Tensor], layers: Sequence[ExpertLayer], tolerance: fl
 
 def _rebuild(model: DeepMoE, widths: Sequence[int]) -> DeepMoE:
     """A model of the same name and arguments with other widths of the gated layers."""
-    weight = model.gating.heads.weight
+    weight = model.gating.gates.weight
 
     def build(widen: float | list[float], **kwargs: Any) -> DeepMoE:
         args = {**get_model_args(model), 'widen': widen, **kwargs}
-        return find_deepmoe(timm.create_model(model.pretrained_cfg['architecture'], **args))
+        return cast(DeepMoE, timm.create_model(model.pretrained_cfg['architecture'], **args))
 
     plain = build(1, device='meta')
     factors = zip(widths, expert_widths(plain, plain.expert_layers), strict=True)
@@ -97,12 +97,12 @@ def _rebuild(model: DeepMoE, widths: Sequence[int]) -> DeepMoE:
 def _slice(state_dict: dict[str, Tensor], layers: Sequence[ExpertLayer], kept: Sequence[Tensor]) -> dict[str, Tensor]:
     """The tensors of the smaller model."""
     sliced = dict(state_dict)
-    heads = 'gating.heads.weight'
+    gates = 'gating.gates.weight'
     ends = torch.tensor([0, *(len(sliced[f'{layer.conv}.weight']) for layer in layers)]).cumsum(0)
     rows = torch.cat([start + index for start, index in zip(ends[:-1], kept, strict=True)])
-    sliced[heads] = sliced[heads][rows.to(sliced[heads].device)]
+    sliced[gates] = sliced[gates][rows.to(sliced[gates].device)]
     for layer, index in zip(layers, kept, strict=True):
-        index = index.to(sliced[heads].device)
+        index = index.to(sliced[gates].device)
         for key in [key for key in sliced if key.startswith((f'{layer.conv}.', f'{layer.norm or layer.conv}.'))]:
             if sliced[key].ndim:
                 sliced[key] = sliced[key][index]
@@ -117,7 +117,7 @@ def _top1(model: DeepMoE, loader: Iterable[Batch]) -> float | None:
     was_training = model.training
     model.eval()
     meter = AverageMeter()
-    device = model.gating.heads.weight.device
+    device = model.gating.gates.weight.device
     for batch in loader:
         if isinstance(batch, Tensor) or len(batch) < 2:
             return None

@@ -13,7 +13,7 @@ def gated(structure: str, **kwargs) -> torch.nn.Module:
     """A network whose images keep part of the experts, some experts of every layer never."""
     model = randomise(small(structure, **kwargs)).eval()
     with torch.no_grad():
-        model.gating.heads.weight[::3] = -1
+        model.gating.gates.weight[::3] = -1
     return model
 
 
@@ -49,7 +49,7 @@ def test_saved_and_loaded_by_name(tmp_path):
 def test_layer_that_nobody_keeps_holds_one_expert():
     model = gated('basic')
     with torch.no_grad():
-        model.gating.heads.weight[: widths(model)[0]] = -1
+        model.gating.gates.weight[: widths(model)[0]] = -1
     x = images(3)
     smaller = deepmoe_plugin.prune(model, x)
     assert widths(smaller)[0] == 1

@@ -11,9 +11,8 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from ..activation import GatedActivation
-from ..experts import expert_widths
+from ..experts import GatedNetwork, expert_widths
 from ..gating import GatingNetwork
-from ..network import DeepMoE
 from ..plain import is_plain
 from . import ragged
 from .conv import FoldedSequence, GatherConv, WeightCache
@@ -349,7 +348,7 @@ class SparseNetwork(nn.Module):
         masked: run the masked network instead, which calibration found faster.
     """
 
-    def __init__(self, network: DeepMoE, cache_mb: float = 128) -> None:
+    def __init__(self, network: GatedNetwork, cache_mb: float = 128) -> None:
         super().__init__()
         self.network = network
         self.cache_mb = cache_mb
