@@ -116,13 +116,15 @@ def expert_widths(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[int]:
     Raises:
         ValueError: something else is in the place of a convolution.
     """
-    for layer in layers:
-        if layer.consumer:
-            _conv(model, layer.consumer)
-    return [_conv(model, layer.conv).out_channels for layer in layers]
+    return [expert_conv(model, layer.conv).out_channels for layer in layers]
 
 
-def _conv(model: nn.Module, name: str) -> nn.Conv2d:
+def expert_conv(model: nn.Module, name: str) -> nn.Conv2d:
+    """The convolution of this name, one that computes or reads experts.
+
+    Raises:
+        ValueError: something else is in its place.
+    """
     conv = model.get_submodule(name)
     if not isinstance(conv, nn.Conv2d):
         raise ValueError(
@@ -165,14 +167,14 @@ def widen_experts(
     for layer, factor in zip(layers, per_layer(widen, len(layers)), strict=True):
         if factor == 1:
             continue
-        conv = _conv(model, layer.conv)
+        conv = expert_conv(model, layer.conv)
         width = max(1, round(conv.out_channels * factor))
         model.set_submodule(layer.conv, _resized(conv, conv.in_channels, width))
         if layer.norm:
             dd = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
             model.set_submodule(layer.norm, norm_layer(width, **dd))
         if layer.consumer:
-            consumer = _conv(model, layer.consumer)
+            consumer = expert_conv(model, layer.consumer)
             model.set_submodule(layer.consumer, _resized(consumer, width, consumer.out_channels))
 
 

@@ -401,28 +401,30 @@ class SparseNetwork(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the network returns in evaluation mode, to float rounding; on the meta device, by its own modules."""
-        if x.is_meta:  # what counts or traces modules finds those that it knows
-            return self.network(x, *args, **kwargs)
-        return self.view()(x, *args, **kwargs)
+        """What the network returns in evaluation mode, to float rounding."""
+        return self._runs(x)(x, *args, **kwargs)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features, all channels."""
-        return self.view().forward_features(x)
+        return self._runs(x).forward_features(x)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (or pooled features with `pre_logits=True`) of the unpooled features."""
-        return self.view().forward_head(x, *args, **kwargs)
+        return self._runs(x).forward_head(x, *args, **kwargs)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Features at several depths; see the network for the arguments."""
-        return self.view().forward_intermediates(x, *args, **kwargs)
+        return self._runs(x).forward_intermediates(x, *args, **kwargs)
+
+    def _runs(self, x: Tensor) -> Any:
+        """What runs on `x`: without values to look at, the network itself, whose modules a counter knows."""
+        return self.network if x.is_meta else self.view()
 
     def train(self, mode: bool = True) -> 'SparseNetwork':
         """Do nothing: this module is for inference, and the network's own mode is not its business."""
