@@ -1,6 +1,6 @@
 """The one place where a gate touches an activation map (Eq. 3-5 of the paper)."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.models import register_notrace_module
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .plain import is_plain
 from .tracing import is_traced
+
+Gates = TypeVar('Gates')
 
 
 class _Gate(torch.autograd.Function):
@@ -65,8 +67,9 @@ class GatedActivation(nn.Module):
         super().__init__()
         self.act = act
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Map `(B, C, H, W)` and gates `(B, C)` to the gated `(B, C, H, W)`; overwrites `x`."""
+        gate = given(gate)
         if is_traced(x):
             return self.act(x) * gate.to(x.dtype)[:, :, None, None]
         if is_plain(self.act, nn.ReLU):
@@ -74,8 +77,8 @@ class GatedActivation(nn.Module):
         return _Gate.apply(self.act(x), gate, False)
 
 
-def given(gates: list[Tensor] | None) -> list[Tensor]:
-    """The gates that a gated part of a network was called with.
+def given(gates: Gates | None) -> Gates:
+    """The gate or gates that a gated part of a network was called with.
 
     Raises:
         ValueError: it was called without gates, as code does that calls the children of a network one by one.

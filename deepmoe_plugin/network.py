@@ -83,8 +83,8 @@ class DeepMoE(GatedNetwork, TermSource):
 
     @property
     def expects_terms(self) -> bool:
-        """Whether the gating network trains."""
-        return self.gating.training
+        """Whether the gating network trains and has gates."""
+        return self.gating.training and bool(self.gating.gates.widths)
 
     def check_terms(self) -> None:
         """Refuse a `target_macs` below what the layers without gates cost.

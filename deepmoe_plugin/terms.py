@@ -42,9 +42,6 @@ class _Carry(torch.autograd.Function):
         return grads[0], None
 
 
-_EMPTY = _Record()
-
-
 class Passes:
     """The training forward passes of one network whose terms nobody has taken yet.
 
@@ -55,8 +52,10 @@ class Passes:
     def __init__(self) -> None:
         self._nodes: list[weakref.ref[Any]] = []
         self._without_graph: deque[Any] = deque(maxlen=8)
-        # Attributes of one type that are only assigned to: a list would make the compiler start anew for each length.
-        self._compiled_1 = self._compiled_2 = self._compiled_3 = self._compiled_4 = _EMPTY
+        # The compiler starts anew when a list has another length or two attributes become one object. So these are
+        # four objects of one type at any time, some of them empty.
+        self._compiled_1, self._compiled_2 = _Record(), _Record()
+        self._compiled_3, self._compiled_4 = _Record(), _Record()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Passes, ()  # copies and pickles start without passes: the graphs belong to the original
@@ -107,7 +106,8 @@ class Passes:
         self._nodes = [ref for ref in self._nodes if ref() in found and ref() not in reached]
         rest = [record for node, records in found.items() if node not in reached for record in records]
         left = [record for record in rest if record.root is not None]
-        self._compiled_4, self._compiled_3, self._compiled_2, self._compiled_1 = [_EMPTY] * (4 - len(left)) + left
+        slots = [_Record() for _ in range(4 - len(left))] + left
+        self._compiled_4, self._compiled_3, self._compiled_2, self._compiled_1 = slots
         without_graph = list(self._without_graph)
         self._without_graph.clear()
         return without_graph + [record.content for record in taken]

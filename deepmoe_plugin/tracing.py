@@ -8,6 +8,11 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 
+def is_symbolic(x: Any) -> bool:
+    """Whether `x` has neither type nor device that Python could ask for: in a graph that torch.fx records."""
+    return isinstance(x, fx.Proxy)
+
+
 def is_transformed(x: Any) -> bool:
     """Whether `x` stands for a value inside a tracer or a function transform.
 
@@ -16,8 +21,10 @@ def is_transformed(x: Any) -> bool:
     if torch.compiler.is_compiling():  # the compiler cannot trace the questions below
         return torch.compiler.is_exporting()
     return (
-        isinstance(x, fx.Proxy | FakeTensor)
+        is_symbolic(x)
+        or isinstance(x, FakeTensor)
         or torch.jit.is_tracing()
+        or torch._C._functorch.is_legacy_batchedtensor(x)  # torch.autograd.grad(is_grads_batched=True)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
     )

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tracing import is_symbolic
+
 
 class ShallowEmbedding(nn.Module):
     """Image to latent mixture weights: stride-2 3x3 conv-norm-ReLU layers, global average pool, linear, softmax."""
@@ -36,4 +38,5 @@ class ShallowEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to latent mixture weights (B, K), positive and summing to one."""
         x = self.fc(self.layers(x).mean(dim=(2, 3)))
-        return x.softmax(dim=1, dtype=torch.float64 if self.fc.weight.dtype == torch.float64 else torch.float32)
+        is_double = not is_symbolic(x) and x.dtype == torch.float64
+        return x.softmax(dim=1, dtype=torch.float64 if is_double else torch.float32)

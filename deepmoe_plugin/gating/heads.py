@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..tracing import is_symbolic
+
 
 class GateHeads(nn.Module):
     """One linear gate head per gated layer, kept as rows of a single matrix so that all gates cost one product.
@@ -33,10 +35,9 @@ class GateHeads(nn.Module):
     def forward(self, mixture: Tensor) -> Tensor:
         """Map mixture weights (B, K) to `W e`, shape (B, N), at least in float32 whatever autocast says."""
         weight = self.weight.to(mixture.dtype)
-        device = self.weight.device.type
-        if not torch.amp.is_autocast_available(device):
+        if is_symbolic(mixture) or not torch.amp.is_autocast_available(mixture.device.type):
             return F.linear(mixture, weight)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(mixture.device.type, enabled=False):
             return F.linear(mixture, weight)
 
     def split(self, packed: Tensor) -> list[Tensor]:

@@ -67,9 +67,14 @@ class GatedFeatures(nn.Sequential):
 
     def forward(self, x: Tensor, gates: list[Tensor] | None = None) -> Tensor:
         """Map images (B, C, H, W) and the gates of all layers, each (B, C_l), to features."""
-        remaining = iter(given(gates))
-        for layer in self:
-            x = layer(x, next(remaining)) if isinstance(layer, GatedActivation) else layer(x)
+        gates = given(gates)
+        layer = 0  # torch.fx can take an item of the gates, not iterate over them
+        for module in self:
+            if isinstance(module, GatedActivation):
+                x = module(x, gates[layer])
+                layer += 1
+            else:
+                x = module(x)
         return x
 
 
