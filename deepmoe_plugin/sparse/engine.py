@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..activation import GatedActivation
 from ..experts import GatedNetwork, expert_widths
+from ..foreign import check_network
 from ..gating import GatingNetwork
 from ..plain import is_plain
 from . import ragged
 from .conv import FoldedSequence, GatherConv, WeightCache
 from .fold import eval_view, fingerprint, flatten
-from .foreign import check_network
 from .native import Queue
 from .plan import Group, Kept, Plan, Reader, Segment
 from .ragged import RaggedKept
@@ -388,7 +388,7 @@ class SparseNetwork(nn.Module):
         if self.masked:
             self._current = (eval_view(self.network), unchanged)
             return
-        check_network(self.network)
+        check_network(self.network, 'Sparse execution', 'run the model without sparsify')
         cache = WeightCache(int(self.cache_mb * 2**20))
         build = sparse_vgg if hasattr(self.network, 'features') else sparse_resnet
         view = build(self.network, cache)

@@ -1,5 +1,6 @@
-"""What sparse execution takes the place of must be as it was built: anything else is refused before it is left out."""
+"""Where experts are left out, everything around them must be as it was built: anything else is refused by name."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,43 +9,39 @@ from timm.layers import DropBlock2d, DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
-from ..activation import GatedActivation
-from ..experts import expert_widths
-from ..models.deepmoe_resnet import GatedBasicBlock, GatedBottleneck
-from ..models.deepmoe_vgg import GatedFeatures
-from ..plain import BATCH_NORMS, REMEDY, is_plain, oddity
-from .fold import eval_view
+from .activation import GatedActivation
+from .experts import expert_widths
+from .models.deepmoe_resnet import GatedBasicBlock, GatedBottleneck
+from .models.deepmoe_vgg import GatedFeatures
+from .plain import BATCH_NORMS, REMEDY, is_plain, oddity
 
 _IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d, DropPath)  # in evaluation mode
 _POOLS = (*_IDLE, nn.MaxPool2d, nn.AvgPool2d)
 NOT_BY_CHANNEL = 'does not treat each channel by itself'
 
 
-def check_network(network: Any) -> None:
-    """Check that nothing is left out where sparse execution computes in the place of modules.
+def check_network(network: Any, action: str, instead: str) -> None:
+    """Check that experts can be left out of a network without leaving out anything else.
+
+    Args:
+        action: who does it, for the message.
+        instead: what works all the same, for the message.
 
     Raises:
         ValueError: a module is not as it was built; the message names it and the remedy.
     """
-    widths = expert_widths(network, network.expert_layers)
-    for layer, width in zip(network.expert_layers, widths, strict=True):
-        act = network.get_submodule(layer.act)
-        _refuse(layer.act, oddity(act, GatedActivation))
-        _refuse(f'{layer.act}.act', _odd_by_channel(act.act, width))
     for name, odd in _found(network):
-        _refuse(name, odd)
-
-
-def _refuse(name: str, odd: str) -> None:
-    if odd:
-        raise ValueError(
-            f'Sparse execution computes in the place of {name}, but this {odd}, which would be left out: '
-            f'{REMEDY}, or run the model without sparsify.'
-        )
+        if odd:
+            raise ValueError(f'{action} needs {name} as it was built, but this {odd}: {REMEDY}, or {instead}.')
 
 
 def _found(network: Any) -> Iterator[tuple[str, str]]:
-    """Modules that sparse execution replaces, with what is odd about them ('' if nothing)."""
+    """Modules that must be as they were built, with what is odd about them ('' if nothing)."""
+    widths = expert_widths(network, network.expert_layers)
+    for layer, width in zip(network.expert_layers, widths, strict=True):
+        act = network.get_submodule(layer.act)
+        yield layer.act, oddity(act, GatedActivation)
+        yield f'{layer.act}.act', _odd_by_channel(act.act, width)
     if hasattr(network, 'features'):
         yield 'features', oddity(network.features, GatedFeatures)
         acts = {layer.act for layer in network.expert_layers}
@@ -66,7 +63,7 @@ def _found(network: Any) -> Iterator[tuple[str, str]]:
 def _odd_in_block(name: str, module: nn.Module) -> str:
     if name.startswith('conv'):
         return oddity(module, nn.Conv2d)
-    if name.startswith('bn') and isinstance(module, BATCH_NORMS):  # what cannot be folded is refused there
+    if name.startswith('bn') and isinstance(module, BATCH_NORMS):  # callers refuse other norms
         return oddity(module, *BATCH_NORMS)
     if name in ('drop_block', 'drop_path'):
         return oddity(module, *_IDLE)
@@ -78,17 +75,17 @@ def _odd_in_block(name: str, module: nn.Module) -> str:
 def _odd_by_channel(module: nn.Module, width: int) -> str:
     """What keeps a module from running on some of its channels, '' if nothing does."""
     odd = oddity(module, type(module))
-    return odd or ('' if is_plain(module, nn.ReLU) or acts_by_channel(module, width) else NOT_BY_CHANNEL)
+    return odd or ('' if is_plain(module, nn.ReLU) or _acts_by_channel(module, width) else NOT_BY_CHANNEL)
 
 
 @torch.no_grad()
-def acts_by_channel(module: nn.Module, width: int) -> bool:
+def _acts_by_channel(module: nn.Module, width: int) -> bool:
     """Whether the outputs of some channels are the same without the others."""
     tensor = next(iter([*module.parameters(), *module.buffers()]), torch.empty(0))
     x = torch.linspace(-3, 3, 16 * width, device=tensor.device).view(16, width).t().to(tensor.dtype)
     x = x.reshape(1, width, 4, 4)
-    view = eval_view(module)
+    module = copy.deepcopy(module).eval()
     try:
-        return torch.allclose(view(x.clone())[:, ::2], view(x[:, ::2].clone()), rtol=1e-2, atol=1e-3)
+        return torch.allclose(module(x.clone())[:, ::2], module(x[:, ::2].clone()), rtol=1e-2, atol=1e-3)
     except (RuntimeError, ValueError):
         return False
