@@ -7,6 +7,7 @@ from torch import nn
 from .checkpoints import adapt_checkpoint
 from .experts import ExpertLayer, GatedNetwork, deepmoe_networks, expert_widths, find_deepmoe
 from .gating import GatingConfig, GatingNetwork, GatingRecord
+from .gating.watch import GateWatch
 from .losses import check_target, gating_loss
 from .macs import MacsTable
 from .terms import Criterion, Passes, Terms, TermSource
@@ -38,6 +39,7 @@ class DeepMoE(GatedNetwork, TermSource):
             if name == first:
                 self.gating = gating
         self._table: MacsTable | None = None
+        self.watch = GateWatch()
         self.register_load_state_dict_pre_hook(adapt_checkpoint)
 
     def keep_first_experts(self, num_layers: int) -> None:
@@ -97,7 +99,14 @@ class DeepMoE(GatedNetwork, TermSource):
 
     def terms(self, record: GatingRecord, target: Any, criterion: Criterion | None) -> Terms:
         """The terms `lambda * L_g` and `mu * L_e` of one pass, and the fraction of experts kept."""
-        return gating_loss(self.gating, record, target, criterion, self._macs)
+        gating = self.gating
+        settings = f'it is {gating.gate_loss_weight:g}, with gate_norm={gating.gate_norm!r}'
+        self.watch.see(record.preact.detach() > 0, settings, recovers=gating.budget is not None and not gating.frozen)
+        return gating_loss(gating, record, target, criterion, self._macs)
+
+    def finish_training(self) -> None:
+        """Warn if the gates turned out not to look at the image."""
+        self.watch.finish()
 
     def _macs(self) -> MacsTable:
         """MACs at the nominal image size: only ratios matter, and they hardly change with it."""

@@ -7,14 +7,15 @@ task, and every other model, stays exactly as it was.
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .terms import gating_terms, term_sources
+from .terms import TermSource, gating_terms, term_sources
 
 
 class _TrainLog(logging.Filter):
@@ -28,9 +29,14 @@ class _TrainLog(logging.Filter):
         super().__init__()
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
+        self._sources: WeakSet[TermSource] = WeakSet()
         self._epoch: tuple[Any, str] = (None, '')
         self._epoch_sums: dict[str, float] = {}
         self._epoch_steps = 0
+
+    def watch(self, sources: Iterable[TermSource]) -> None:
+        """Ask these networks at the end of training whether something made it useless."""
+        self._sources.update(sources)
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -44,6 +50,10 @@ class _TrainLog(logging.Filter):
             self._log_to_wandb(record.msg.partition('[')[0], sums)
             record.msg += '  ' + '  '.join(f'{name}: {total / self._steps:#.3g}' for name, total in sums.items())
             self._sums, self._steps = {}, 0
+        if isinstance(record.msg, str) and record.msg.startswith('*** Best metric'):  # the last line
+            for source in self._sources:
+                source.finish_training()
+            self._sources.clear()
         return True
 
     def _log_to_wandb(self, epoch: str, sums: Mapping[str, float]) -> None:
@@ -83,6 +93,7 @@ def _on_registration(task: nn.Module, name: str, module: nn.Module | None) -> No
     sources = term_sources(module)
     for source in sources:
         source.check_terms()
+    _train_log.watch(sources)
     if sources and _add_terms not in task._forward_hooks.values():
         task.register_forward_hook(_add_terms, with_kwargs=True)
         logging.getLogger('train').addFilter(_train_log)
