@@ -11,10 +11,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakSet
 
+import torch
+from timm.optim.muon import Muon
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .gating.heads import is_gate_matrix
 from .terms import TermSource, gating_terms, term_sources
 
 
@@ -74,6 +78,22 @@ _train_log = _TrainLog()
 def install() -> None:
     """Make timm tasks train DeepMoE networks with J; called once, on import of the package."""
     register_module_module_registration_hook(_on_registration)
+    register_optimizer_step_pre_hook(_keep_gates_from_muon)
+
+
+def _keep_gates_from_muon(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let timm's Muon update gate heads by AdamW, as it does what its method is not made for.
+
+    It orthogonalises what has the shape of a hidden layer's matrix. The heads have it, but are the rows of separate
+    layers, side by side only for speed.
+    """
+    if not isinstance(optimizer, Muon):
+        return
+    is_gates = is_gate_matrix()
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            if is_gates(parameter) and 'use_muon' not in group:
+                optimizer.state[parameter]['use_muon'] = False
 
 
 def _add_terms(task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any], result: dict[str, Any]) -> None:
