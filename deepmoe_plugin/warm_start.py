@@ -65,7 +65,9 @@ def warm_start(
     model.eval()
     try:
         worth, activation = _measure(model, network, loader, criterion, importance_images, progress)
-        rank = (worth / network.macs_of_experts().to(worth.device).sqrt()).clamp(min=torch.finfo(worth.dtype).tiny).log()
+        rank = (
+            (worth / network.macs_of_experts().to(worth.device).sqrt()).clamp(min=torch.finfo(worth.dtype).tiny).log()
+        )
         rank = (rank - rank.mean()).clamp(-LIMIT, LIMIT)
         rows, offset = _train_embedding(model, network, loader, activation, epochs, progress)
         with torch.no_grad():
@@ -129,7 +131,7 @@ def _train_embedding(
     count = gating.gates.weight.shape[1]
     rows = nn.Parameter(0.1 * torch.randn(len(mean), count, device=mean.device))
     offset: Tensor | None = None
-    nn.init.normal_(gating.embedding.fc.weight, std=0.05)
+    nn.init.normal_(gating.embedding.mixture.weight, std=0.05)
     gating.embedding.requires_grad_(True)
     optimizer = torch.optim.Adam([*gating.embedding.parameters(), rows], lr=LEARNING_RATE)
     steps = 0

@@ -186,7 +186,7 @@ def test_losses_on_the_latent_mixture(structure: str, similarity_of: str) -> Non
     terms = result['loss_gate'] + result['loss_importance'] + result['loss_similarity']
     torch.testing.assert_close(result['loss'], F.cross_entropy(result['output'], y) + terms)
     (result['loss_importance'] + result['loss_similarity']).backward()
-    assert model.gating.embedding.fc.weight.grad.abs().sum() > 0
+    assert model.gating.embedding.mixture.weight.grad.abs().sum() > 0
 
 
 def test_losses_change_nothing_where_they_are_not_asked_for() -> None:

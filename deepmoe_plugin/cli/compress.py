@@ -1,7 +1,7 @@
 """Make a trained classifier cheaper: gate its channels, train on, and compare it with what it was.
 
     deepmoe compress resnet50 --data-dir imagenet --macs 0.5 --epochs 20
-    deepmoe compress resnet20_cifar --checkpoint resnet20.safetensors --data-dir cifar10 --macs 0.5 --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225
+    deepmoe compress resnet20_cifar --checkpoint resnet20.safetensors --data-dir cifar10 --macs 0.35
 
 The dense network teaches its gated twin. The gates start at what the experts are worth and at which images use them
 (deepmoe_plugin.warm_start), a threshold closes the least useful experts until the average image costs the budget, and
@@ -64,7 +64,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     )
     parser.add_argument('--epochs', type=int, default=20, help='(default: %(default)s)')
     parser.add_argument(
-        '--stage2', type=float, default=0.2, help='share of the epochs with frozen gates, the last (default: %(default)s)'
+        '--stage2',
+        type=float,
+        default=0.2,
+        help='share of the epochs with frozen gates, the last (default: %(default)s)',
     )
     parser.add_argument('--lr', type=float, default=0.02, help='of SGD, falls along a cosine (default: %(default)s)')
     parser.add_argument('--weight-decay', type=float, default=5e-4, help='(default: %(default)s)')

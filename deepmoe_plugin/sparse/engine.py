@@ -10,8 +10,11 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from ..activation import GatedActivation
 from ..experts import GatedNetwork, expert_widths
+from ..foreign import check_network
 from ..gating import GatingNetwork
+from ..plain import is_plain
 from . import ragged
 from .conv import FoldedSequence, GatherConv, WeightCache
 from .fold import eval_view, fingerprint, flatten
@@ -129,8 +132,8 @@ class SparseBlock(nn.Module):
 
 def _activation(act: nn.Module) -> nn.Module | None:
     """The activation under a gate; None for ReLU, which is fused."""
-    act = getattr(act, 'act', act)
-    return None if isinstance(act, nn.ReLU) else act
+    act = act.act if isinstance(act, GatedActivation) else act
+    return None if is_plain(act, nn.ReLU) else act
 
 
 def _layer(
@@ -303,7 +306,7 @@ def sparse_vgg(network: Any, cache: WeightCache) -> Any:
     view.gating.segments = segments(view)
     if any(layer.consumer == 'pre_logits.fc1' for layer in network.expert_layers):
         conv = network.pre_logits.fc1
-        if conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
+        if is_plain(conv, nn.Conv2d) and conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
             view.pre_logits.fc1 = InputSparseConv(conv)
 
     def forward_intermediates(
@@ -385,6 +388,7 @@ class SparseNetwork(nn.Module):
         if self.masked:
             self._current = (eval_view(self.network), unchanged)
             return
+        check_network(self.network, 'Sparse execution', 'run the model without sparsify')
         cache = WeightCache(int(self.cache_mb * 2**20))
         build = sparse_vgg if hasattr(self.network, 'features') else sparse_resnet
         view = build(self.network, cache)
@@ -398,25 +402,29 @@ class SparseNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the network returns in evaluation mode, to float rounding."""
-        return self.view().forward(x, *args, **kwargs)
+        return self._runs(x)(x, *args, **kwargs)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features, all channels."""
-        return self.view().forward_features(x)
+        return self._runs(x).forward_features(x)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (or pooled features with `pre_logits=True`) of the unpooled features."""
-        return self.view().forward_head(x, *args, **kwargs)
+        return self._runs(x).forward_head(x, *args, **kwargs)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Features at several depths; see the network for the arguments."""
-        return self.view().forward_intermediates(x, *args, **kwargs)
+        return self._runs(x).forward_intermediates(x, *args, **kwargs)
+
+    def _runs(self, x: Tensor) -> Any:
+        """What runs on `x`: without values to look at, the network itself, whose modules a counter knows."""
+        return self.network if x.is_meta else self.view()
 
     def train(self, mode: bool = True) -> 'SparseNetwork':
         """Do nothing: this module is for inference, and the network's own mode is not its business."""
@@ -430,13 +438,14 @@ class SparseNetwork(nn.Module):
                 raise
             return getattr(self.network, name)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        state = {'limits': self.limits, 'ragged_limits': self.ragged_limits, 'masked': self.masked}
-        return SparseNetwork, (self.network, self.cache_mb), state  # copies and pickles fold the network anew
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a file needs the network alone: the view is made again at the first call.
+        return {name: value for name, value in self.__dict__.items() if name not in ('_lock', '_current')}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.refresh()
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+        self._current = None
 
 
 def segments(view: nn.Module) -> list[Segment]:
