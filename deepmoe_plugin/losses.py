@@ -77,8 +77,8 @@ def check_target(target: float, table: MacsTable) -> None:
     """
     if target <= table.floor:
         raise ValueError(
-            f'A budget of {target} of the dense MACs (target_macs) cannot be reached: the layers without gates alone cost {table.floor:.3f} of the '
-            f'dense MACs. Choose a larger target.'
+            f'A budget of {target} of the dense MACs (target_macs) cannot be reached: the layers without gates alone '
+            f'cost {table.floor:.3f} of the dense MACs. Choose a larger target.'
         )
 
 
