@@ -1,9 +1,10 @@
 """The sparse network: a view of the original whose expert layers run on compact weights."""
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,10 @@ from .fold import eval_view, fingerprint, flatten
 from .native import Queue
 from .plan import Group, Kept, Plan, Reader, Segment
 from .ragged import RaggedKept
+
+SMALL_WORK = 8e6
+"""Products of a convolution, for each image and thread, below which a batch takes less time masked: what surrounds a
+convolution, about 0.1 ms for each image, then outweighs what is skipped."""
 
 
 class PlannedGating(nn.Module):
@@ -327,6 +332,21 @@ def sparse_vgg(network: Any, cache: WeightCache) -> Any:
     return view
 
 
+class _Views(NamedTuple):
+    """How a network runs until it changes.
+
+    Attributes:
+        sparse, masked: the views.
+        unchanged: whether the network is as it was.
+        is_small: see `_is_small`.
+    """
+
+    sparse: Any
+    masked: Any
+    unchanged: Callable[[], bool]
+    is_small: Callable[[tuple[int, int], int], bool]
+
+
 class SparseNetwork(nn.Module):
     """A DeepMoE network for inference that computes, for each image, only the experts that its gates keep.
 
@@ -344,7 +364,8 @@ class SparseNetwork(nn.Module):
         limits: gated layer to the largest kept fraction for which it runs on compact weights; by calibration.
         ragged_limits: first gated layer of a segment to the largest kept fraction for which a batch runs ragged on it;
             by calibration.
-        masked: run the masked network instead, which calibration found faster.
+        masked: run the masked network instead: found faster or slower by calibration; without it (None), batches run
+            masked whose convolutions are too small.
     """
 
     def __init__(self, network: DeepMoE, cache_mb: float = 128) -> None:
@@ -353,9 +374,9 @@ class SparseNetwork(nn.Module):
         self.cache_mb = cache_mb
         self.limits: dict[int, float] = {}
         self.ragged_limits: dict[int, float] = {}
-        self.masked = False
+        self.masked: bool | None = None
         self._lock = threading.Lock()
-        self._current: tuple[Any, Callable[[], bool]] | None = None
+        self._current: _Views | None = None
         self.training = False
         self.view()
 
@@ -365,27 +386,41 @@ class SparseNetwork(nn.Module):
         Raises:
             RuntimeError: called during export.
         """
+        return self._views().sparse
+
+    def _views(self) -> '_Views':
         if torch.compiler.is_exporting():
             raise RuntimeError(
                 'Sparse execution chooses shapes by the gates of each image, which no graph can hold. Export the '
                 'network itself: it runs masked.'
             )
         current = self._current
-        if current is not None and current[1]():
-            return current[0]
+        if current is not None and current.unchanged():
+            return current
         with self._lock:
             current = self._current
-            if current is None or not current[1]():
+            if current is None or not current.unchanged():
                 self.refresh()
             assert self._current is not None
-            return self._current[0]
+            return self._current
+
+    def _view_for(self, x: Tensor) -> Any:
+        """The view that takes least time for these images."""
+        views = self._views()
+        decides = self.masked is None and x.ndim == 4 and len(x) > 1 and x.device.type == 'cpu'
+        return (
+            views.masked
+            if decides and views.is_small((x.shape[2], x.shape[3]), torch.get_num_threads())
+            else views.sparse
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Read the network's weights anew."""
         unchanged = fingerprint(self.network)
+        masked: Any = eval_view(self.network)
         if self.masked:
-            self._current = (eval_view(self.network), unchanged)
+            self._current = _Views(masked, masked, unchanged, lambda size, threads: True)
             return
         cache = WeightCache(int(self.cache_mb * 2**20))
         build = sparse_vgg if hasattr(self.network, 'features') else sparse_resnet
@@ -394,19 +429,20 @@ class SparseNetwork(nn.Module):
             segment.ragged_limit = self.ragged_limits.get(segment.first, segment.ragged_limit)
             for layer in range(len(segment.widths)):
                 segment.limits[layer] = self.limits.get(segment.first + layer, segment.limits[layer])
-        self._current = (view, unchanged)
+        is_small = functools.cache(functools.partial(_is_small, self.network))
+        self._current = _Views(view, masked, unchanged, is_small)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the network returns in evaluation mode, to float rounding."""
-        return self.view().forward(x, *args, **kwargs)
+        return self._view_for(x).forward(x, *args, **kwargs)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features, all channels."""
-        return self.view().forward_features(x)
+        return self._view_for(x).forward_features(x)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -418,7 +454,7 @@ class SparseNetwork(nn.Module):
     @torch.no_grad()
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Features at several depths; see the network for the arguments."""
-        return self.view().forward_intermediates(x, *args, **kwargs)
+        return self._view_for(x).forward_intermediates(x, *args, **kwargs)
 
     def train(self, mode: bool = True) -> 'SparseNetwork':
         """Do nothing: this module is for inference, and the network's own mode is not its business."""
@@ -437,6 +473,22 @@ class SparseNetwork(nn.Module):
         twin.limits, twin.ragged_limits, twin.masked = dict(self.limits), dict(self.ragged_limits), self.masked
         twin.refresh()
         return twin
+
+
+def _is_small(network: Any, size: tuple[int, int], threads: int) -> bool:
+    """Whether gated convolutions of one image, (H, W), have less than `SMALL_WORK` products to do, on average."""
+    order = {name: i for i, (name, _) in enumerate(network.named_modules())}
+    products = []
+    for layer in network.expert_layers:
+        # The first feature that is taken in or behind the layer's stage tells the stride.
+        later = (
+            info
+            for info in network.feature_info
+            if layer.conv.startswith(f'{info["module"]}.') or order.get(info['module'], 0) > order[layer.conv]
+        )
+        reduction = next((info['reduction'] for info in later), network.feature_info[-1]['reduction'])
+        products.append(network.get_submodule(layer.conv).weight.numel() * size[0] * size[1] / reduction**2)
+    return sum(products) < SMALL_WORK * threads * len(products)
 
 
 def segments(view: nn.Module) -> list[Segment]:
