@@ -14,6 +14,7 @@ from .models import deepmoe_resnet, deepmoe_vgg
 from .network import DeepMoE, find_deepmoe, freeze_gating, unfreeze_gating
 from .pruning import Pruning, prune
 from .stats import GateStatistics, gate_statistics
+from .terms import TermSource, gating_terms
 
 __all__ = [
     'DeepMoE',
@@ -22,12 +23,14 @@ __all__ = [
     'GatingConfig',
     'MacsReport',
     'Pruning',
+    'TermSource',
     'count_macs',
     'deepmoe_resnet',
     'deepmoe_vgg',
     'find_deepmoe',
     'freeze_gating',
     'gate_statistics',
+    'gating_terms',
     'prune',
     'sparsify',
     'unfreeze_gating',

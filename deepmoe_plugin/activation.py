@@ -1,10 +1,15 @@
 """The one place where a gate touches an activation map (Eq. 3-5 of the paper)."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
+
+from .plain import is_plain
+from .tracing import is_traced
+
+Gates = TypeVar('Gates')
 
 
 class _Gate(torch.autograd.Function):
@@ -32,11 +37,11 @@ class _Gate(torch.autograd.Function):
         y, gate = ctx.saved_tensors
         scale = gate.to(grad.dtype)[:, :, None, None]
         product = grad * y
-        is_open = gate > 0
-        grad_gate = product.sum((2, 3), dtype=gate.dtype) / torch.where(is_open, gate, 1)
-        grad_gate = torch.where(is_open, grad_gate, 0)
-        # The product has served: without a graph to record, the gradient of x takes over its memory.
-        buffer = None if torch.is_grad_enabled() else product
+        is_kept = gate > 0
+        grad_gate = product.sum((2, 3), dtype=gate.dtype) / torch.where(is_kept, gate, 1)
+        grad_gate = torch.where(is_kept, grad_gate, 0)
+        # Nobody reads the product any more: the gradient of x reuses its memory, unless this pass is itself recorded.
+        buffer = None if torch.is_grad_enabled() or is_traced(grad) else product
         grad_x = torch.mul(grad, scale, out=buffer)
         if ctx.relu:
             if buffer is None:
@@ -51,8 +56,8 @@ class GatedActivation(nn.Module):
     """Activation followed by the gate of its layer; a closed gate leaves an exactly zero channel.
 
     Holds no parameters, so a base network keeps its state-dict keys when its activations are wrapped.
-    Training memory equals that of the ungated activation: see `_Gate`. Under `torch.compile` the plain
-    formula is traced instead, and the compiler decides what to keep.
+    Training memory equals that of the ungated activation: see `_Gate`. Tracers, compilers and function transforms
+    get the plain formula instead, and decide themselves what to keep.
 
     Args:
         act: the base network's activation; ReLU takes the fastest path, any other works.
@@ -61,14 +66,27 @@ class GatedActivation(nn.Module):
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
         self.act = act
-        self.is_relu = type(act) is nn.ReLU  # a subclass may do anything
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Map `(B, C, H, W)` and gates `(B, C)` to the gated `(B, C, H, W)`; overwrites `x`."""
-        if torch.jit.is_scripting():
+        gate = given(gate)
+        if is_traced(x):
             return self.act(x) * gate.to(x.dtype)[:, :, None, None]
-        if torch.compiler.is_compiling():
-            return self.act(x) * gate.to(x.dtype)[:, :, None, None]
-        if self.is_relu:
+        if is_plain(self.act, nn.ReLU):
             return _Gate.apply(x, gate, True)
         return _Gate.apply(self.act(x), gate, False)
+
+
+def given(gates: Gates | None) -> Gates:
+    """The gate or gates that a gated part of a network was called with.
+
+    Raises:
+        ValueError: it was called without gates, as code does that calls the children of a network one by one.
+    """
+    if gates is None:
+        raise ValueError(
+            'A gated part of this network was called without gates, as happens where its parts are called one by one. '
+            'For features use timm.create_model(name, features_only=True) without feature_cls, or '
+            'forward_intermediates.'
+        )
+    return gates

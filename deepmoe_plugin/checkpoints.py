@@ -6,21 +6,20 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .network import DeepMoE
-
 _logger = logging.getLogger(__name__)
 
 GATING_PREFIX = 'gating.'
 # Parts of the gating network that only training needs: a checkpoint may have them or not.
-_OPTIONAL = (GATING_PREFIX + 'classifier.', GATING_PREFIX + 'budget.')
+_OPTIONAL = (GATING_PREFIX + 'class_scores.', GATING_PREFIX + 'budget.')
+# Names of earlier versions, which contain the `head` and `classifier` that users and hosts select parameters by.
+_RENAMED = {'heads.': 'gates.', 'classifier.': 'class_scores.'}
 _NAMED = 5  # tensors that an error message names
 
 
@@ -46,6 +45,7 @@ def build_with_checks(model_cls: Callable[..., nn.Module], variant: str, pretrai
 
     def check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         cfg = _pretrained_cfg(model)
+        rename_old(state_dict)
         check_complete(state_dict, model, source, cfg['architecture'], (f'{cfg["classifier"]}.',))
         if keeps_classifier:
             _check_class_count(state_dict, model, source)
@@ -90,6 +90,18 @@ def check_readable(file: str | Path, field: str = '`file` in pretrained_cfg_over
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f'{file} holds a {type(checkpoint).__name__}, not a state dict: save model.state_dict().')
+
+
+def rename_old(state_dict: dict[str, Any], prefix: str = '') -> None:
+    """Give the tensors of a checkpoint of an earlier version their present names, in place.
+
+    Args:
+        prefix: of the network's tensors.
+    """
+    for old, new in _RENAMED.items():
+        start = prefix + GATING_PREFIX
+        for key in [key for key in state_dict if key.startswith(start + old)]:
+            state_dict[start + new + key.removeprefix(start + old)] = state_dict.pop(key)
 
 
 def check_complete(
@@ -146,7 +158,7 @@ def _check_class_count(state_dict: Mapping[str, Any], model: nn.Module, source: 
         )
 
 
-def adapt_checkpoint(model: 'DeepMoE', state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def adapt_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let checkpoints of the dense twin, of stage 1 and of other class counts load; name what cannot.
 
     A pre-hook of `load_state_dict`, so it works for every framework's way to load.
@@ -154,6 +166,7 @@ def adapt_checkpoint(model: 'DeepMoE', state_dict: dict[str, Any], prefix: str, 
     Raises:
         ValueError: a tensor has the wrong shape; the message names it and the argument that decides about it.
     """
+    rename_old(state_dict, prefix)
     own = {prefix + key: value for key, value in model.state_dict().items()}
     optional = tuple(prefix + key for key in _OPTIONAL)
     for key in [key for key in state_dict if key.startswith(optional)]:
@@ -195,7 +208,7 @@ def check_shapes(model: Any, own: Mapping[str, Tensor], state_dict: Mapping[str,
             'create the model with the `widen` and the `bottleneck` of the checkpoint (the narrow_ models are '
             'unwidened; wide_resnet50_2 is the dense twin of wide_deepmoe_resnet50)'
         )
-    elif key == f'{prefix}{GATING_PREFIX}heads.weight':
+    elif key == f'{prefix}{GATING_PREFIX}gates.weight':
         remedy = 'create the model with the `num_latent_experts`, `widen` and `bottleneck` of the checkpoint'
     elif key.startswith(prefix + GATING_PREFIX):
         remedy = 'create the model with the `num_latent_experts`, `embedding_channels` and `in_chans` of the checkpoint'

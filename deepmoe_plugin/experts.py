@@ -1,11 +1,14 @@
 """Where gates sit (Fig. 2): the one definition that networks, losses, counters and sparse execution read."""
 
-from collections.abc import Callable, Sequence
-from numbers import Real
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
+
+from .gating import GatingNetwork
+from .gating.config import check_number
+from .plain import REMEDY, oddity
 
 
 class ExpertLayer(NamedTuple):
@@ -21,6 +24,37 @@ class ExpertLayer(NamedTuple):
     norm: str
     act: str
     consumer: str
+
+
+class GatedNetwork(nn.Module):
+    """A network with gates.
+
+    Attributes:
+        gating: maps images (B, C, H, W) to one gate tensor (B, C_l) for each gated layer.
+        expert_layers: where the gates sit, in the order of the gates.
+        pretrained_cfg: timm's description of the network.
+    """
+
+    gating: GatingNetwork
+    expert_layers: tuple[ExpertLayer, ...]
+    pretrained_cfg: dict[str, Any]
+
+
+def deepmoe_networks(module: nn.Module) -> Iterator[GatedNetwork]:
+    """All DeepMoE networks inside a module, through any wrapper (DDP, torch.compile, a segmentor, ...)."""
+    return (m for m in module.modules() if isinstance(m, GatedNetwork))
+
+
+def find_deepmoe(module: nn.Module) -> GatedNetwork:
+    """The DeepMoE network inside a module.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = list(deepmoe_networks(module))
+    if len(found) != 1:
+        raise ValueError(f'Expected one DeepMoE network in {type(module).__name__}, found {len(found)}.')
+    return found[0]
 
 
 # Module names inside one residual block. The residual stream, the stem and the shortcuts are never gated.
@@ -77,13 +111,25 @@ def vgg_experts(model: nn.Module) -> tuple[ExpertLayer, ...]:
 
 
 def expert_widths(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[int]:
-    """Number of experts of each gated layer."""
-    return [_conv(model, layer.conv).out_channels for layer in layers]
+    """Number of experts of each gated layer.
+
+    Raises:
+        ValueError: something else is in the place of a convolution.
+    """
+    return [expert_conv(model, layer.conv).out_channels for layer in layers]
 
 
-def _conv(model: nn.Module, name: str) -> nn.Conv2d:
+def expert_conv(model: nn.Module, name: str) -> nn.Conv2d:
+    """The convolution of this name, one that computes or reads experts.
+
+    Raises:
+        ValueError: something else is in its place.
+    """
     conv = model.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
+    if not isinstance(conv, nn.Conv2d):
+        raise ValueError(
+            f'{name} must be a convolution to tell what its experts are, but it {oddity(conv, nn.Conv2d)}: {REMEDY}.'
+        )
     return conv
 
 
@@ -105,18 +151,6 @@ def per_layer(widen: float | Sequence[float], num_layers: int) -> list[float]:
     return factors
 
 
-def check_number(name: str, value: object) -> None:
-    """Refuse anything but a number as the value of the argument `name`.
-
-    Raises:
-        ValueError: names the argument, and the remedy for the text that YAML makes of `1e-3`.
-    """
-    if isinstance(value, str):
-        raise ValueError(f'{name} must be a number, got the text {value!r}: in YAML, write 1.0e-3 instead of 1e-3.')
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f'{name} must be a number, got {value!r}.')
-
-
 def widen_experts(
     model: nn.Module,
     layers: Sequence[ExpertLayer],
@@ -128,23 +162,26 @@ def widen_experts(
     The resized convolutions and norms come with their default initialisation.
 
     Raises:
-        ValueError: see `per_layer`.
+        ValueError: see `per_layer`; a convolution is not a plain one, so that a wider one would be another.
     """
     for layer, factor in zip(layers, per_layer(widen, len(layers)), strict=True):
         if factor == 1:
             continue
-        conv = _conv(model, layer.conv)
+        conv = expert_conv(model, layer.conv)
         width = max(1, round(conv.out_channels * factor))
         model.set_submodule(layer.conv, _resized(conv, conv.in_channels, width))
         if layer.norm:
             dd = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
             model.set_submodule(layer.norm, norm_layer(width, **dd))
         if layer.consumer:
-            consumer = _conv(model, layer.consumer)
+            consumer = expert_conv(model, layer.consumer)
             model.set_submodule(layer.consumer, _resized(consumer, width, consumer.out_channels))
 
 
 def _resized(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
+    odd = oddity(conv, nn.Conv2d)
+    if odd or conv.groups != 1:
+        raise ValueError(f'widen needs plain convolutions, but one {odd or f"has {conv.groups} groups"}: {REMEDY}.')
     return nn.Conv2d(
         in_channels,
         out_channels,
@@ -153,6 +190,7 @@ def _resized(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
         padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
         dilation=_pair(conv.dilation),
         bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )

@@ -10,17 +10,17 @@ segmentor); 'embedding' and 'gate_heads' are the gating network. A segmentor is 
 the whole image, so without auxiliary heads and without the overlap of sliding windows.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .experts import expert_widths
+from .experts import deepmoe_networks, expert_conv, expert_widths
 from .gating import GateHeads
-from .network import deepmoe_networks
 from .stats import kept_experts
 
 GROUPS = ('base', 'shortcut', 'head', 'embedding', 'gate_heads')
@@ -84,11 +84,13 @@ def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCo
         image_size: (H, W) in pixels.
 
     Raises:
-        ValueError: the model has no convolution.
+        ValueError: the model has no convolution, or something else in the place of an expert layer's.
     """
     names = {module: name for name, module in model.named_modules()}
     network = next(deepmoe_networks(model), None)
     layers = network.expert_layers if network is not None else ()
+    for name in (name for layer in layers for name in (layer.conv, layer.consumer) if name):
+        expert_conv(cast(nn.Module, network), name)
     backbone = network or getattr(model, 'backbone', None)
     prefix = names[backbone] + '.' if backbone is not None and names[backbone] else ''
     writes = {prefix + layer.conv: i for i, layer in enumerate(layers)}
@@ -129,8 +131,9 @@ def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCo
     meta = {name: tensor.to('meta') for name, tensor in tensors.items()}
     was_training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        for module in was_training:  # not by `eval`, which a sparse network does not pass on
+            module.training = False
+        with torch.no_grad(), torch.compiler.set_stance('force_eager'):
             torch.func.functional_call(model, meta, (image,))
     finally:
         for hook in hooks:
@@ -189,19 +192,29 @@ class MacsTable:
         reads = [dense if cost.reads is None else cost.reads for cost in self.costs]
         writes = [dense if cost.writes is None else cost.writes for cost in self.costs]
         self._reads, self._writes = torch.tensor([reads, writes], device=device)
+        by_layer = [0.0] * dense
+        for cost in self.costs:
+            for layer in (cost.reads, cost.writes):
+                if layer is not None:
+                    by_layer[layer] += cost.macs
+        shares = torch.cat(
+            [torch.full((w,), m / w) for w, m in zip(self.widths, by_layer, strict=True)] or [torch.ones(0)]
+        )
+        self._expert_costs = (shares / shares.sum()).to(device)
 
-    def expert_costs(self) -> Tensor:
+    @functools.cached_property
+    def floor(self) -> float:
+        """Fraction of the dense MACs that the layers without gates cost."""
+        return self.spent(torch.zeros(1, sum(self.widths), dtype=torch.bool)).item()
+
+    def expert_costs(self, device: torch.device = torch.device('cpu')) -> Tensor:  # noqa: B008 (never changed)
         """Share of each expert in the dense MACs of all expert layers, shape (N,), summing to one.
 
         An expert costs its part of the convolution that computes it and of the one that reads it.
         """
-        macs = [0.0] * len(self.widths)
-        for cost in self.costs:
-            for layer in (cost.reads, cost.writes):
-                if layer is not None:
-                    macs[layer] += cost.macs
-        shares = torch.cat([torch.full((w,), m / w) for w, m in zip(self.widths, macs, strict=True)])
-        return shares / shares.sum()
+        if self._macs.device != device:
+            self._to(device)
+        return self._expert_costs
 
     def report(self, kept: Tensor) -> MacsReport:
         """MACs of the images that keep these experts, shape (B, N), boolean."""
@@ -246,6 +259,8 @@ def count_macs(model: nn.Module, x: Tensor) -> MacsReport:
     Raises:
         ValueError: the images do not fit the model, or it holds several DeepMoE networks.
     """
+    if isinstance(model, nn.DataParallel):  # takes one batch apart for several devices
+        model = model.module
     networks = list(deepmoe_networks(model))
     if len(networks) > 1:
         raise ValueError(f'Expected at most one DeepMoE network in {type(model).__name__}, found {len(networks)}.')

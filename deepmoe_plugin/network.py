@@ -1,43 +1,45 @@
-"""What all DeepMoE networks share, whatever their base: gates, freezing, widths."""
+"""What all DeepMoE networks share, whatever their base: gates, terms of the loss, freezing."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 
 from .checkpoints import adapt_checkpoint
-from .experts import ExpertLayer, expert_widths
-from .gating import GatingConfig, GatingNetwork
+from .experts import ExpertLayer, GatedNetwork, deepmoe_networks, expert_widths, find_deepmoe
+from .gating import GatingConfig, GatingNetwork, GatingRecord
+from .losses import check_target, gating_loss
+from .macs import MacsTable
+from .terms import Criterion, Passes, Terms, TermSource
+
+__all__ = ['DeepMoE', 'deepmoe_networks', 'find_deepmoe', 'freeze_gating', 'unfreeze_gating']
 
 
-class DeepMoE(nn.Module):
-    """Mixin that adds a gating network to a base network of timm.
+class DeepMoE(GatedNetwork, TermSource):
+    """Mixin that adds a gating network to a base network of timm; stands before it in the bases.
 
     The base network keeps timm's state-dict keys; everything new lives under `gating.`.
-
-    Attributes:
-        gating: maps images (B, C, H, W) to one gate tensor (B, C_l) for each gated layer.
-        expert_layers: where the gates sit, in the order of the gates.
-        pretrained_cfg: timm's description of the network.
     """
 
-    if TYPE_CHECKING:  # TorchScript would try to compile these annotations
-        gating: GatingNetwork
-        expert_layers: tuple[ExpertLayer, ...]
-        pretrained_cfg: dict[str, Any]
-
-    @torch.jit.ignore
     def add_gating(
         self, config: GatingConfig, layers: tuple[ExpertLayer, ...], in_chans: int, num_classes: int, **kwargs: Any
     ) -> None:
         """Create the gating network for the gated `layers`; call once the base network stands."""
         widths = expert_widths(self, layers)
         self.expert_layers = layers
-        self.gating = GatingNetwork(config, widths, in_chans=in_chans, num_classes=num_classes, **kwargs)
+        gating = GatingNetwork(config, widths, in_chans=in_chans, num_classes=num_classes, **kwargs)
+        # Hosts take the last parameters for the classifier's and give images to the first module, so that the gating
+        # network must be neither: it follows the first part of the base network that has gates.
+        first = layers[0].conv.partition('.')[0]
+        children = list(self.named_children())
+        for name, _ in children:
+            del self._modules[name]
+        for name, child in children:
+            self._modules[name] = child
+            if name == first:
+                self.gating = gating
+        self._table: MacsTable | None = None
         self.register_load_state_dict_pre_hook(adapt_checkpoint)
 
-    @torch.jit.ignore
     def keep_first_experts(self, num_layers: int) -> None:
         """Forget the gated layers after the first `num_layers`, and the consumers, that have been pruned away."""
         present = {name for name, _ in self.named_modules()}
@@ -46,28 +48,63 @@ class DeepMoE(nn.Module):
             for layer in self.expert_layers[:num_layers]
         )
         self.gating.keep_first(num_layers)
+        self._table = None
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay must leave alone: it would close gates that the loss wants open."""
-        return {'gating.heads.weight'}
+        """Parameters that weight decay must leave alone: it would close gates that the loss wants kept."""
+        return {'gating.gates.weight'}
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier, and the embedding's where the model has `L_e`."""
+        super().reset_classifier(num_classes, global_pool)  # type: ignore[misc] # of the base network
+        self.gating.reset_classifier(num_classes)
+        self._table = None
 
-def deepmoe_networks(module: nn.Module) -> Iterator[DeepMoE]:
-    """All DeepMoE networks inside a module, through any wrapper (DDP, torch.compile, a segmentor, ...)."""
-    return (m for m in module.modules() if isinstance(m, DeepMoE))
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the layers (and their gates) that no feature in `indices` needs; see timm's networks.
 
+        The embedding classifier stays: `L_e` does not need the classifier of the base network.
+        """
+        class_scores = self.gating.class_scores
+        take_indices = super().prune_intermediate_layers(  # type: ignore[misc] # of the base network
+            indices, prune_norm, prune_head
+        )
+        self.gating.class_scores = class_scores
+        present = {name for name, _ in self.named_modules()}
+        self.keep_first_experts(sum(layer.conv in present for layer in self.expert_layers))
+        return take_indices
 
-def find_deepmoe(module: nn.Module) -> DeepMoE:
-    """The DeepMoE network inside a module.
+    @property
+    def passes(self) -> Passes:
+        """What the training passes of the gating network left."""
+        return self.gating.passes
 
-    Raises:
-        ValueError: there is none, or more than one.
-    """
-    found = list(deepmoe_networks(module))
-    if len(found) != 1:
-        raise ValueError(f'Expected one DeepMoE network in {type(module).__name__}, found {len(found)}.')
-    return found[0]
+    @property
+    def expects_terms(self) -> bool:
+        """Whether the gating network trains and has gates."""
+        return self.gating.training and bool(self.gating.gates.widths)
+
+    def check_terms(self) -> None:
+        """Refuse a `target_macs` below what the layers without gates cost.
+
+        Raises:
+            ValueError: names the cost of these layers.
+        """
+        if self.gating.budget is not None and self.gating.budget_on_macs:
+            check_target(self.gating.budget.target, self._macs())
+
+    def terms(self, record: GatingRecord, target: Any, criterion: Criterion | None) -> Terms:
+        """The terms `lambda * L_g` and `mu * L_e` of one pass, and the fraction of experts kept."""
+        return gating_loss(self.gating, record, target, criterion, self._macs)
+
+    def _macs(self) -> MacsTable:
+        """MACs at the nominal image size: only ratios matter, and they hardly change with it."""
+        if self._table is None:
+            size = getattr(self, 'pretrained_cfg', {}).get('input_size', (3, 224, 224))
+            self._table = MacsTable(self, (size[1], size[2]))
+        return self._table
 
 
 def freeze_gating(module: nn.Module) -> None:

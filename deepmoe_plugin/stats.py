@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .experts import expert_widths
-from .network import DeepMoE, find_deepmoe
+from .experts import GatedNetwork, find_deepmoe
 
 
 class GateStatistics(NamedTuple):
@@ -78,7 +77,7 @@ def gate_statistics(model: nn.Module, images: Tensor | Iterable[Tensor | tuple[T
         ValueError: the model holds no DeepMoE network, the images do not fit it, or there are none.
     """
     network = find_deepmoe(model)
-    device = network.gating.heads.weight.device
+    device = network.gating.gates.weight.device
     batches = [images] if isinstance(images, Tensor) else images
     first_items = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
     kept = [kept_experts(network, batch.to(device)).cpu() for batch in first_items]
@@ -87,14 +86,14 @@ def gate_statistics(model: nn.Module, images: Tensor | Iterable[Tensor | tuple[T
     return join_kept(network, kept)
 
 
-def join_kept(network: DeepMoE, kept: Sequence[Tensor]) -> GateStatistics:
+def join_kept(network: GatedNetwork, kept: Sequence[Tensor]) -> GateStatistics:
     """Statistics of the experts of one network that batches of images keep, each (B, N)."""
     layers = tuple(layer.conv for layer in network.expert_layers)
-    return GateStatistics(torch.cat(list(kept)), layers, tuple(expert_widths(network, network.expert_layers)))
+    return GateStatistics(torch.cat(list(kept)), layers, tuple(network.gating.gates.widths))
 
 
 @torch.no_grad()
-def kept_experts(network: DeepMoE, x: Tensor) -> Tensor:
+def kept_experts(network: GatedNetwork, x: Tensor) -> Tensor:
     """Which experts each image keeps: boolean, shape (B, N), all gated layers side by side.
 
     Uses running norm statistics, as inference does, whatever mode the network is in.

@@ -1,7 +1,7 @@
-"""The loss hook for timm's training loop: any timm task that trains a DeepMoE network optimises J (Eq. 7).
+"""The loss hook for timm's training loop: any timm task that trains a network of this package optimises J (Eq. 7).
 
 timm's train.py is not changed. PyTorch tells us when a module becomes the `trainable_module` of a timm task; if it
-is a DeepMoE network, the task gets a forward hook that adds the terms to the `loss` it returns. Every other
+holds a network that has terms, the task gets a forward hook that adds them to the `loss` it returns. Every other
 task, and every other model, stays exactly as it was.
 """
 
@@ -10,13 +10,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .losses import TERMS, GatingLoss
-from .network import DeepMoE, deepmoe_networks, find_deepmoe
+from .terms import gating_terms, term_sources
 
 
 class _TrainLog(logging.Filter):
@@ -68,45 +66,23 @@ def install() -> None:
     register_module_module_registration_hook(_on_registration)
 
 
-class _AddTerms:
-    """Forward hook of a task; it holds all of its state, so that a copied task gets one with the copied network."""
-
-    def __init__(self) -> None:
-        self._gating_loss: GatingLoss | None = None
-
-    def watch(self, network: DeepMoE | None) -> None:
-        """Add the terms of this network from now on, or none."""
-        if network is None:
-            self._gating_loss = None
-        elif self._gating_loss is None or self._gating_loss.network is not network:
-            self._gating_loss = GatingLoss(network)
-
-    def __call__(
-        self, task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any], result: dict[str, Any]
-    ) -> None:
-        if self._gating_loss is None:
-            return
-        record = self._gating_loss.network.gating.take_record()
-        if record is None:
-            return
-        target = kwargs['target'] if 'target' in kwargs else args[1]
-        terms = self._gating_loss(record, target, getattr(task, 'criterion', None))
-        result.update(terms)
-        result['loss'] = result['loss'] + sum(terms[name] for name in TERMS if name in terms)
-        _train_log.add(terms)
+def _add_terms(task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any], result: dict[str, Any]) -> None:
+    """Forward hook of a task. It has no state, so that a copied task trains the copied network."""
+    target = kwargs['target'] if 'target' in kwargs else args[1]
+    terms = gating_terms(task.trainable_module, target, getattr(task, 'criterion', None), result['loss'])
+    if not terms:
+        return
+    result.update(terms)
+    result['loss'] = result['loss'] + sum(value for name, value in terms.items() if 'loss' in name)
+    _train_log.add(terms)
 
 
 def _on_registration(task: nn.Module, name: str, module: nn.Module | None) -> None:
     if name != 'trainable_module' or not isinstance(task, TrainingTask) or module is None:
         return
-    scripted = (str(m.original_name) for m in module.modules() if isinstance(m, torch.jit.ScriptModule))
-    if any(name.startswith('DeepMoE') for name in scripted):
-        raise ValueError('A scripted DeepMoE network cannot be trained with J: leave out --torchscript.')
-    network = find_deepmoe(module) if any(True for _ in deepmoe_networks(module)) else None
-    hook = next((hook for hook in task._forward_hooks.values() if isinstance(hook, _AddTerms)), None)
-    if hook is None and network is not None:
-        hook = _AddTerms()
-        task.register_forward_hook(hook, with_kwargs=True)
+    sources = term_sources(module)
+    for source in sources:
+        source.check_terms()
+    if sources and _add_terms not in task._forward_hooks.values():
+        task.register_forward_hook(_add_terms, with_kwargs=True)
         logging.getLogger('train').addFilter(_train_log)
-    if hook is not None:
-        hook.watch(network)

@@ -41,9 +41,9 @@ def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
             module.bias.normal_(0, 0.3, generator=generator)
             module.running_mean.normal_(0, 0.3, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
-    heads = getattr(getattr(model, 'gating', None), 'heads', None)
-    if heads is not None:
-        heads.weight.normal_(0.3, 1, generator=generator)
+    gates = getattr(getattr(model, 'gating', None), 'gates', None)
+    if gates is not None:
+        gates.weight.normal_(0.3, 1, generator=generator)
         model.gating.embedding.fc.weight.normal_(0, 1, generator=generator)
     return model
 
@@ -61,4 +61,4 @@ class FixedGates(nn.Module):
 
 def widths(model: nn.Module) -> list[int]:
     """Experts of each gated layer."""
-    return list(model.gating.heads.widths)
+    return list(model.gating.gates.widths)

@@ -118,8 +118,8 @@ def test_training_keeps_as_much_as_the_network_without_gates(structure):
     x = images(size=64)
     model = randomise(small(structure))
     dense = randomise(small(structure, gated=False))
-    own = saved(nn.Sequential(model.gating.embedding, model.gating.heads), x)
-    gates = sum(model.gating.heads.widths) * len(x) * 4
+    own = saved(nn.Sequential(model.gating.embedding, model.gating.gates), x)
+    gates = sum(model.gating.gates.widths) * len(x) * 4
     with_gates, without = saved(model, x), saved(dense, x)
     assert without > 10 * gates
     # Beside the gating network: the gates, before and after their ReLU, and cut up by layer.

@@ -235,8 +235,8 @@ def test_checkpoint_with_missing_keys(tmp_path):
 
 def test_checkpoint_with_a_part_of_the_gating_network(tmp_path):
     weights = small(CIFAR).state_dict()
-    del weights['gating.heads.weight']
-    with pytest.raises(ValueError, match=r'1 missing, as gating\.heads\.weight'):
+    del weights['gating.gates.weight']
+    with pytest.raises(ValueError, match=r'1 missing, as gating\.gates\.weight'):
         load(saved(tmp_path, weights), num_classes=4)
 
 

@@ -128,10 +128,10 @@ def test_stage_one_continues_in_stage_two_and_back(structure, how, tmp_path):
     torch.testing.assert_close(base_of(stage2), base_of(stage1), rtol=0, atol=0)
     torch.testing.assert_close(gates(stage2), gates(stage1), rtol=0, atol=0)
     torch.testing.assert_close(stage2.eval()(images()), stage1.eval()(images()), rtol=0, atol=0)
-    assert not any(key.startswith(('gating.classifier', 'gating.budget')) for key in stage2.state_dict())
+    assert not any(key.startswith(('gating.class_scores', 'gating.budget')) for key in stage2.state_dict())
     back = load(save(stage2.state_dict(), tmp_path / 'stage2.pth'), embed_loss_weight=1, target_kept=0.5)
     torch.testing.assert_close(gates(back), gates(stage1), rtol=0, atol=0)
-    assert back.gating.classifier.weight.isfinite().all()
+    assert back.gating.class_scores.weight.isfinite().all()
     assert back.gating.budget.strength == small(structure, target_kept=0.5).gating.budget.strength
     again = load(file, embed_loss_weight=1, target_kept=0.5)
     torch.testing.assert_close(again.state_dict(), stage1.state_dict(), rtol=0, atol=0)
@@ -172,7 +172,7 @@ def test_features_only(structure, gated, tmp_path):
         expected = model.forward_intermediates(images(), [0, 1], intermediates_only=True)
         torch.testing.assert_close(features.eval()(images()), expected, rtol=0, atol=0)
     loaded = {key.removeprefix('model.') for key in features.state_dict()}
-    assert loaded - {'gating.heads.weight'} <= {*model.state_dict(), *(k for k in loaded if k.startswith('gating.'))}
+    assert loaded - {'gating.gates.weight'} <= {*model.state_dict(), *(k for k in loaded if k.startswith('gating.'))}
 
 
 def test_checkpoint_of_pruned_features_loads_again(tmp_path):

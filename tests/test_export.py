@@ -13,7 +13,7 @@ import deepmoe_plugin
 def masked(structure: str) -> nn.Module:
     model = randomise(small(structure)).eval()
     with torch.no_grad():
-        model.gating.heads.weight.sub_(0.3)
+        model.gating.gates.weight.sub_(0.3)
         kept = torch.cat(model.gating(images(3)), 1) > 0
     assert 0.2 < kept.float().mean() < 0.9
     return model

@@ -1,15 +1,13 @@
 """The gating network: latent mixture, gates, freezing, budget, and what it leaves for the loss."""
 
-import copy
-
 import pytest
 import torch
 from small_networks import images, randomise, small
 from torch import nn
 
 import deepmoe_plugin
+from deepmoe_plugin import gating_terms
 from deepmoe_plugin.gating import GateBudget, GateHeads, GatingConfig, GatingNetwork, GatingRecord, ShallowEmbedding
-from deepmoe_plugin.losses import GatingLoss
 
 
 def gating(widths=(4, 6), **kwargs):
@@ -46,14 +44,14 @@ def test_number_of_embedding_layers_follows_the_image_size():
 
 def test_gates_are_the_relu_of_a_linear_map_of_the_mixture_without_bias():
     network = randomise(nn.ModuleDict(dict(inner=gating())))['inner'].eval()
-    nn.init.normal_(network.heads.weight)
+    nn.init.normal_(network.gates.weight)
     x = images(3)
     first, second = network(x)
     assert (first.shape, second.shape) == ((3, 4), (3, 6))
-    expected = network.embedding(x) @ network.heads.weight.T
+    expected = network.embedding(x) @ network.gates.weight.T
     assert (expected < 0).any()
     torch.testing.assert_close(torch.cat([first, second], 1), expected.relu())
-    assert [name for name, _ in network.heads.named_parameters()] == ['weight']
+    assert [name for name, _ in network.gates.named_parameters()] == ['weight']
 
 
 @pytest.mark.parametrize('num_latent_experts', [1, 4, 7, 64])
@@ -94,39 +92,26 @@ def test_initial_gates_change_with_training_and_differ_between_images():
 
 def test_record_is_handed_over_once_and_only_by_training_passes():
     network = gating(embed_loss_weight=1)
-    assert network.take_record() is None
-    network(images(3))
-    record = network.take_record()
+    assert not network.passes.take()
+    gates = network(images(3))
+    (record,) = network.passes.take(gates)
     assert record.preact.shape == (3, 10)
     assert record.embed_logits.shape == (3, 5)
-    assert network.take_record() is None
+    assert not network.passes.take()
     with torch.no_grad():
-        network(images())
-    assert network.take_record() is None
-    network.eval()(images())
-    assert network.take_record() is None
-
-
-def test_later_pass_replaces_the_record():
-    network = gating()
-    network(images(3))
-    network(images(2))
-    assert len(network.take_record().preact) == 2
+        gates = network(images())
+    assert not network.passes.take()
+    gates = network.eval()(images())
+    assert gates[0].requires_grad
+    assert not network.passes.take()
 
 
 def test_no_classifier_without_embedding_loss():
-    assert gating().classifier is None
-    assert not [name for name, _ in gating().named_parameters() if name.startswith('classifier')]
+    assert gating().class_scores is None
+    assert not [name for name, _ in gating().named_parameters() if name.startswith('class_scores')]
     network = gating()
-    network(images())
-    assert network.take_record().embed_logits is None
-
-
-def test_copies_start_without_a_record():
-    network = gating()
-    network(images())
-    assert copy.deepcopy(network).take_record() is None
-    assert network.take_record() is not None
+    gates = network(images())
+    assert network.passes.take(gates)[0].embed_logits is None
 
 
 # Freezing
@@ -244,14 +229,14 @@ def test_target_is_held_when_images_differ(target):
     """Heads train on mixtures that part from image to image: lambda must settle, and neither swing nor run away."""
     torch.manual_seed(0)
     model = small('cifar', target_kept=target, num_latent_experts=64).train()
-    heads, loss, centres = model.gating.heads, GatingLoss(model), torch.randn(100, 64)
+    heads, centres = model.gating.gates, torch.randn(100, 64)
     optimizer = torch.optim.SGD([heads.weight], lr=0.1, momentum=0.9)
     kept, lambdas = [], []
     for step in range(1500):
         logits = centres[torch.randint(100, (64,))] + 0.5 * torch.randn(64, 64)
         preact = heads((3 * min(1, step / 500) * logits).softmax(1))
         optimizer.zero_grad()
-        loss(GatingRecord(preact, None))['loss_gate'].backward()
+        model.terms(GatingRecord(preact, None), None, None)['loss_gate'].backward()
         optimizer.step()
         kept.append((preact > 0).float().mean().item())
         lambdas.append(model.gating.budget.strength.item())
@@ -291,12 +276,11 @@ def test_no_budget_without_target():
 def test_towards_a_target_gates_of_any_network_close_equally_fast(structure, gate_norm):
     steps = 20
     model = small(structure, target_kept=0.5, gate_norm=gate_norm).train()
-    loss = GatingLoss(model)
-    optimizer = torch.optim.SGD([model.gating.heads.weight], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD([model.gating.gates.weight], lr=0.1, momentum=0.9)
     for _ in range(steps):
         gates = torch.cat(model.gating(images()), 1)
         optimizer.zero_grad()
-        loss(model.gating.take_record())['loss_gate'].backward()
+        gating_terms(model)['loss_gate'].backward()
         optimizer.step()
     expected = sum((1 - 0.9**i) / 300 for i in range(steps))  # momentum has not reached its full speed at first
     assert (1 - gates.mean()).item() == pytest.approx(expected, rel=0.3)

@@ -52,7 +52,7 @@ def expert_costs(model):
     """Weight of each expert by hand: MACs of its row in its convolution and of its column in the consumer."""
     shares = []
     costs = {cost.name: cost.macs for cost in MacsTable(model, model.default_cfg['input_size'][1:]).costs}
-    for layer, width in zip(model.expert_layers, model.gating.heads.widths, strict=True):
+    for layer, width in zip(model.expert_layers, model.gating.gates.widths, strict=True):
         macs = costs[layer.conv] + (costs[layer.consumer] if layer.consumer else 0)
         shares.append(torch.full((width,), macs / width))
     return torch.cat(shares) / torch.cat(shares).sum()
@@ -61,7 +61,7 @@ def expert_costs(model):
 def test_every_norm_is_one_at_the_start_except_the_sum():
     for gate_norm, expected in (('mean', 1), ('macs', 1), ('sum', 32 * 4)):
         model = small('cifar', gate_norm=gate_norm)
-        experts = sum(model.gating.heads.widths)
+        experts = sum(model.gating.gates.widths)
         terms = run(model)[2]
         torch.testing.assert_close(terms['loss_gate'], torch.tensor(float(expected if expected == 1 else experts)))
 
@@ -105,8 +105,8 @@ def test_weight_zero_leaves_the_base_loss():
 
 def embedding_logits(model, x):
     model = copy.deepcopy(model)
-    model(x)
-    return model.gating.take_record().embed_logits
+    output = model(x)
+    return model.passes.take(output)[0].embed_logits
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_embedding_loss_is_the_criterion_on_the_embeddings_classifier(criterion,
     torch.testing.assert_close(terms['loss_embed'], expected.detach())
     torch.testing.assert_close(total, base + expected)
     total.backward()
-    assert model.gating.classifier.weight.grad.abs().sum() > 0
+    assert model.gating.class_scores.weight.grad.abs().sum() > 0
 
 
 def test_no_embedding_loss_creates_no_parameter():
     with_loss = {name for name, _ in small('cifar', embed_loss_weight=1).named_parameters()}
     without = {name for name, _ in small('cifar').named_parameters()}
-    assert with_loss - without == {'gating.classifier.weight', 'gating.classifier.bias'}
+    assert with_loss - without == {'gating.class_scores.weight', 'gating.class_scores.bias'}
 
 
 def test_plain_cross_entropy_leaves_no_parameter_without_gradient():
@@ -157,7 +157,7 @@ def test_gradient_of_the_whole_objective():
     x = images(dtype=torch.float64)
     twin = copy.deepcopy(model)
     output = twin(x)
-    record = twin.gating.take_record()
+    (record,) = twin.passes.take()
     objective = F.cross_entropy(output, CLASSES) + 0.5 * record.preact.relu().mean()
     (objective + F.cross_entropy(record.embed_logits, CLASSES)).backward()
     run(model, x=x)[0].backward()
@@ -203,14 +203,14 @@ def test_budget_decides_about_the_sign_of_the_gate_loss(target):
     model = small('cifar', **target)
     assert run_again(model)[2]['loss_gate'] > 0
     with torch.no_grad():
-        model.gating.heads.weight[::8] = 1
+        model.gating.gates.weight[::8] = 1
         for offset in range(1, 8):
-            model.gating.heads.weight[offset::8] = -1
+            model.gating.gates.weight[offset::8] = -1
     total, _, terms = run_again(model)
     assert terms['kept_experts'] < 0.2
     total.backward()
     # Below the target the objective falls as gates rise, closed ones included.
-    assert (model.gating.heads.weight.grad[1::8].sum(1) < 0).all()
+    assert (model.gating.gates.weight.grad[1::8].sum(1) < 0).all()
 
 
 def test_training_with_a_target_reaches_it():

@@ -37,10 +37,10 @@ def seed():
 def close(model, counts):
     """Make the network keep the first `counts[l]` experts of layer l, whatever the image."""
     with torch.no_grad():
-        model.gating.heads.weight.fill_(-1)
+        model.gating.gates.weight.fill_(-1)
         start = 0
-        for width, count in zip(model.gating.heads.widths, counts, strict=True):
-            model.gating.heads.weight[start : start + count] = 1
+        for width, count in zip(model.gating.gates.widths, counts, strict=True):
+            model.gating.gates.weight[start : start + count] = 1
             start += width
 
 
@@ -85,7 +85,7 @@ def test_gated_basic_block_by_hand():
 def test_gated_bottleneck_by_hand():
     kwargs = dict(layers=(1, 1, 1, 1), widen=1, num_classes=10)
     model = timm.create_model('wide_deepmoe_resnet50', **kwargs)
-    widths = model.gating.heads.widths
+    widths = model.gating.gates.widths
     close(model, [width // 4 for width in widths])
     by_module = count_macs(model, images(1, 64)).by_module
     assert by_module['layer1.0.conv1'].tolist() == [64 * 16 * 256]
@@ -93,7 +93,7 @@ def test_gated_bottleneck_by_hand():
     assert by_module['layer1.0.conv3'].tolist() == [16 * 256 * 256]
     assert by_module['layer1.0.downsample.0'].tolist() == [64 * 256 * 256]
     only_3x3 = timm.create_model('wide_deepmoe_resnet50b', **kwargs)
-    close(only_3x3, [width // 4 for width in only_3x3.gating.heads.widths])
+    close(only_3x3, [width // 4 for width in only_3x3.gating.gates.widths])
     by_module = count_macs(only_3x3, images(1, 64)).by_module
     assert by_module['layer1.0.conv1'].tolist() == [64 * 64 * 256]
     assert by_module['layer1.0.conv2'].tolist() == [9 * 64 * 16 * 256]
@@ -107,7 +107,7 @@ def test_groups_and_modules_add_up(structure):
     assert torch.equal(torch.stack(list(report.by_module.values())).sum(0), report.total)
     assert (report.total <= report.dense_total).all()
     names = dict(model.named_modules())
-    measured = {name for name, m in names.items() if isinstance(m, nn.Conv2d | nn.Linear)} | {'gating.heads'}
+    measured = {name for name, m in names.items() if isinstance(m, nn.Conv2d | nn.Linear)} | {'gating.gates'}
     assert report.by_module.keys() == measured
 
 
@@ -156,7 +156,7 @@ def test_counting_changes_nothing():
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.gating.take_record() is None
+    assert not model.passes.take()
 
 
 def test_gates_follow_running_statistics_in_training_mode_too():
@@ -245,7 +245,7 @@ def without_head_conv(report):
 def test_counts_are_those_of_sparse_execution(structure, case):
     model = randomise(small(structure)).double().eval()
     if case != 'random':
-        close(model, [width if case == 'all kept' else 1 for width in model.gating.heads.widths])
+        close(model, [width if case == 'all kept' else 1 for width in model.gating.gates.widths])
     x = images(1, dtype=torch.float64)
     sparse = sparsify(model, cache_mb=0)
     for segment in segments(sparse.view()):

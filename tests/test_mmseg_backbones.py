@@ -82,7 +82,7 @@ def test_a_segmentor_holds_exactly_one_network_and_mmseg_keys(name):
     assert find_deepmoe(model) is model.backbone
     first = 'features.0.weight' if name == 'vgg11' else 'conv1.weight'
     assert f'backbone.{first}' in model.state_dict()
-    assert 'backbone.gating.heads.weight' in model.state_dict()
+    assert 'backbone.gating.gates.weight' in model.state_dict()
 
 
 @pytest.mark.parametrize('size', [(64, 64), (65, 97)])
@@ -143,7 +143,7 @@ def test_the_network_ends_at_its_last_output(name, gated):
     part = build(name, gated=gated, out_indices=(0, 1)).eval()
     weights = whole.state_dict()
     if gated:
-        weights['gating.heads.weight'] = weights['gating.heads.weight'][: len(part.gating.heads.weight)]
+        weights['gating.gates.weight'] = weights['gating.gates.weight'][: len(part.gating.gates.weight)]
     part.load_state_dict({key: weights[key] for key in part.state_dict()})
     assert len(part.state_dict()) < len(weights)
     torch.testing.assert_close(part(images(2, 64)), whole(images(2, 64))[:2], rtol=1e-5, atol=1e-5)

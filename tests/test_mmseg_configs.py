@@ -121,7 +121,7 @@ def test_weight_decay_spares_the_gate_heads(path: Path) -> None:
     config, model = load(path.stem), build(path.stem)
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
     spared = [group for group in wrapper.param_groups if group['weight_decay'] == 0]
-    assert [parameter for group in spared for parameter in group['params']] == [model.backbone.gating.heads.weight]
+    assert [parameter for group in spared for parameter in group['params']] == [model.backbone.gating.gates.weight]
     assert type(wrapper.optimizer) is torch.optim.SGD
     assert {group['momentum'] for group in wrapper.param_groups} == {0.9}
 

@@ -94,8 +94,8 @@ def hand_written_j(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
     gating = model.backbone.gating
     mixture = gating.embedding(data['inputs'])
     with torch.autocast('cpu', enabled=False):  # gates are float32 under mixed precision too
-        gates = (mixture @ gating.heads.weight.t()).clamp(min=0)
-    layers = list(gates.split(gating.heads.widths, dim=1))
+        gates = (mixture @ gating.gates.weight.t()).clamp(min=0)
+    layers = list(gates.split(gating.gates.widths, dim=1))
     gating.forward = lambda _: layers
     base = model.loss(data['inputs'], data['data_samples'])['decode.loss_ce']
     del gating.forward
@@ -104,7 +104,7 @@ def hand_written_j(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor
         for label in sample.gt_sem_seg.data.unique().tolist():
             if label != 255:
                 shown[i, label] = 1
-    embed = F.binary_cross_entropy_with_logits(gating.classifier(mixture * mixture.shape[1]), shown)
+    embed = F.binary_cross_entropy_with_logits(gating.class_scores(mixture * mixture.shape[1]), shown)
     return base + LAMBDA * gates.mean() + MU * embed, base, gates.mean(), embed
 
 
@@ -117,7 +117,7 @@ def gradient_of_j(model: nn.Module, batches: list[Any]) -> State:
 
 def assert_same(grads: State, expected: State, tolerance: float = 1e-4) -> None:
     assert grads.keys() == expected.keys()
-    assert any('gating.heads' in name for name in grads)
+    assert any('gating.gates' in name for name in grads)
     for name, grad in grads.items():
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(grad, expected[name], rtol=tolerance, atol=tolerance * max(scale, 1e-3), msg=name)
@@ -171,7 +171,7 @@ def test_mixed_precision(tmp_path: Path) -> None:
         expected = gradient_of_j(twin, watch.batches)
     assert_same(watch.grads[0], expected, tolerance=0.02)
     plain = gradient_of_j(copy.deepcopy(segmentor(backbone_config(**WEIGHTS))), watch.batches)
-    name = 'backbone.gating.heads.weight'
+    name = 'backbone.gating.gates.weight'
     assert not torch.equal(watch.grads[0][name], plain[name])
     cosine = F.cosine_similarity(watch.grads[0][name].flatten(), plain[name].flatten(), dim=0)
     assert cosine > 0.9
@@ -186,7 +186,7 @@ def test_amp_on_a_gpu(dtype: str, tmp_path: Path) -> None:
     make_runner(model, tmp_path, watch, LOSS, iters=3, optim=amp).train()
     twin = segmentor(backbone_config(**WEIGHTS)).cuda()
     expected = gradient_of_j(twin, watch.batches[:1])
-    for name in ('backbone.gating.heads.weight', 'backbone.gating.embedding.fc.weight'):
+    for name in ('backbone.gating.gates.weight', 'backbone.gating.embedding.fc.weight'):
         cosine = F.cosine_similarity(watch.grads[0][name].flatten(), expected[name].flatten(), dim=0)
         assert cosine > 0.95, name
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
@@ -262,7 +262,7 @@ def test_a_whole_backbone_without_gradients_is_refused(tmp_path: Path) -> None:
     refused('with_cp=True', tmp_path, LOSS, model=model, iters=1)
 
 
-@pytest.mark.parametrize(('decay', 'warned'), [(None, True), ({'gating.heads': dict(decay_mult=0.0)}, False)])
+@pytest.mark.parametrize(('decay', 'warned'), [(None, True), ({'gating.gates': dict(decay_mult=0.0)}, False)])
 def test_weight_decay_of_the_heads_is_warned_of(decay: Any, warned: bool, tmp_path: Path) -> None:
     optim = {} if decay is None else dict(paramwise_cfg=dict(custom_keys=decay))
     runner = make_runner(segmentor(), tmp_path, LOSS, iters=1, optim=optim)
@@ -354,7 +354,7 @@ def test_stage_two_between_accumulated_batches(tmp_path: Path) -> None:
     """Gradients of stage 1 that wait for their step are dropped with it."""
     model, watch = segmentor(backbone_config(**WEIGHTS)), Watch()
     make_runner(model, tmp_path, watch, LOSS, finetune(3, False), iters=4, optim=dict(accumulative_counts=2)).train()
-    heads = GATING + 'heads.weight'
+    heads = GATING + 'gates.weight'
     assert not torch.equal(watch.states[2][heads], watch.states[1][heads])
     assert torch.equal(model.state_dict()[heads], watch.states[2][heads])
     assert not any(name.startswith(GATING) for name in watch.grads[1])
@@ -621,7 +621,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize('case', ['one', 'accumulated'])
 def test_two_processes_optimise_j(ranks: list[dict[str, Any]], case: str) -> None:
     (grads, first, _), (others, second, _) = (rank[case] for rank in ranks)
-    assert not torch.equal(first['backbone.gating.heads.weight'], second['backbone.gating.heads.weight'])
+    assert not torch.equal(first['backbone.gating.gates.weight'], second['backbone.gating.gates.weight'])
     assert_same(grads, {name: (first[name] + second[name]) / 2 for name in first})
     for name, grad in grads.items():
         assert torch.equal(grad, others[name])
@@ -629,7 +629,7 @@ def test_two_processes_optimise_j(ranks: list[dict[str, Any]], case: str) -> Non
 
 def test_two_processes_reach_stage_two_together(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank['stages'] for rank in ranks)
-    heads = GATING + 'heads.weight'
+    heads = GATING + 'gates.weight'
     assert len(first) == 4  # one iteration an epoch
     assert not torch.equal(first[0][heads], first[1][heads])
     for i in (2, 3):

@@ -185,7 +185,7 @@ def test_other_ways_to_test(
 ) -> None:
     """Sparse execution predicts the same; windows and augmentations do not, quite."""
     state = torch.load(checkpoint, weights_only=False)
-    for name in ('backbone.gating.heads.weight', 'decode_head.conv_seg.weight'):  # all open, all the same class so far
+    for name in ('backbone.gating.gates.weight', 'decode_head.conv_seg.weight'):  # all open, all the same class so far
         state['state_dict'][name].normal_(generator=torch.Generator().manual_seed(0))
     torch.save(state, tmp_path / 'random.pth')
     swapped = []
@@ -203,7 +203,7 @@ def test_other_ways_to_test(
 def test_mmseg_train_py_runs_our_configs(run: Run, small_config: Path, tmp_path: Path) -> None:
     run(MMSEG_TRAIN, small_config, '--work-dir', tmp_path, '--cfg-options', 'train_cfg.max_iters=2')
     state = torch.load(tmp_path / 'iter_2.pth', weights_only=False)['state_dict']
-    assert 'backbone.gating.heads.weight' in state
+    assert 'backbone.gating.gates.weight' in state
 
 
 def refused(run: Run, capsys: pytest.CaptureFixture, *args: object) -> str:

@@ -61,7 +61,7 @@ def train(model: nn.Module, data: Split, val: Split, epochs: int, lr: float, bat
 
     model.to(memory_format=torch.channels_last)
     criterion = deepmoe_plugin.DeepMoELoss(model, nn.CrossEntropyLoss())
-    heads = model.gating.heads.weight
+    heads = model.gating.gates.weight
     rest = [parameter for parameter in model.parameters() if parameter is not heads]
     groups: list[dict[str, Any]] = [{'params': rest, 'weight_decay': 5e-4}, {'params': [heads]}]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
@@ -94,8 +94,8 @@ def validate(model: nn.Module, batches: list[Tensor], labels: Tensor, losses: li
     gating = model.gating
     hits = torch.cat([model(images).argmax(1) for images in batches]) == labels
     embed_top1 = 0.0
-    if gating.classifier is not None:
-        logits = torch.cat([gating.classifier(gating.embedding(images)) for images in batches])
+    if gating.class_scores is not None:
+        logits = torch.cat([gating.class_scores(gating.embedding(images)) for images in batches])
         embed_top1 = (logits.argmax(1) == labels).float().mean().item()
     stats = deepmoe_plugin.gate_statistics(model, batches)
     by_class = stats.by_class(labels)

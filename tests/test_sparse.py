@@ -142,7 +142,7 @@ def test_any_gate_scale(structure: str, scale: float) -> None:
 def test_gates_of_the_gating_network(structure: str) -> None:
     model = network(structure)
     with torch.no_grad():
-        model.gating.heads.weight.sub_(0.1)
+        model.gating.gates.weight.sub_(0.1)
     assert_exact(model, images(3, 64))
 
 

@@ -42,7 +42,7 @@ def _load(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _gating_only(model: nn.Module) -> None:
-    model.gating.heads.weight.mul_(2)
+    model.gating.gates.weight.mul_(2)
 
 
 def _new_parameter(model: nn.Module) -> None:

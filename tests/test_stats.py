@@ -36,7 +36,7 @@ def test_images_come_as_a_batch_or_from_a_loader(form):
     x = images(5)
     given = {'batch': x, 'batches': x.split(2), 'tuples': [(part, torch.zeros(len(part))) for part in x.split(2)]}
     stats = gate_statistics(nn.Sequential(model), given[form])
-    assert stats.widths == tuple(model.gating.heads.widths)
+    assert stats.widths == tuple(model.gating.gates.widths)
     assert stats.layers == tuple(layer.conv for layer in model.expert_layers)
     assert torch.equal(stats.kept, torch.cat(model.gating(x), 1) > 0)
     assert stats.kept.float().std(0).any()

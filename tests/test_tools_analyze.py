@@ -52,8 +52,8 @@ def folder(tmp_path_factory):
     )  # fmt: skip
     train(model, rng)
     with torch.no_grad():
-        model.gating.heads.weight[5] = -1  # an expert that no image keeps
-        model.gating.heads.weight[6] = 1
+        model.gating.gates.weight[5] = -1  # an expert that no image keeps
+        model.gating.gates.weight[6] = 1
     torch.save(model.state_dict(), folder / 'model.pth')
     return folder
 

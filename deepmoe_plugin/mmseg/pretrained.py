@@ -1,7 +1,7 @@
 """`init_cfg=dict(type='Pretrained', ...)` of our backbones: mmengine's only warns about weights that do not fit."""
 
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +9,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import PretrainedInit, update_init_info
 from timm.models import load_state_dict
 
-from ..checkpoints import GATING_PREFIX, check_complete, check_readable, check_shapes
-
-if TYPE_CHECKING:
-    from .backbones import Backbone
+from ..checkpoints import GATING_PREFIX, check_complete, check_readable, check_shapes, rename_old
 
 _FIELD = '`checkpoint` in init_cfg'
 # What classifiers on top of the networks are called by timm, torchvision, mmpretrain and mmengine.
@@ -28,7 +25,7 @@ class StrictPretrained(PretrainedInit):
         map_location: unused, mmengine's configs may name it: weights go to the device of the backbone.
     """
 
-    def __call__(self, module: 'Backbone') -> None:
+    def __call__(self, module: Any) -> None:
         """Load the weights.
 
         Raises:
@@ -53,10 +50,11 @@ def _read(checkpoint: str) -> dict[str, Any]:
     return load_state_dict(checkpoint)
 
 
-def load_pretrained(backbone: 'Backbone', weights: dict[str, Any], source: str, prefix: str | None = None) -> None:
+def load_pretrained(backbone: Any, weights: dict[str, Any], source: str, prefix: str | None = None) -> None:
     """Load weights into a backbone, all of them or none.
 
     Args:
+        backbone: a `Backbone` of this package.
         weights: state dict of a network, of its dense twin, or of a model that holds it as `backbone`.
         source: what the user gave, for the messages.
         prefix: take only the tensors whose names start so.
@@ -77,6 +75,7 @@ def load_pretrained(backbone: 'Backbone', weights: dict[str, Any], source: str, 
             f'give the checkpoint of a plain ResNet, as torchvision:// and timm have them.'
         )
     weights = {key: value for key, value in weights.items() if not backbone.leaves_out(key)}
+    rename_old(weights)
     check_complete(weights, backbone, source, backbone.title, _HEADS)
     own = backbone.state_dict()
     check_shapes(backbone, own, weights)

@@ -1,31 +1,23 @@
 """Gated ResNets (Fig. 2) on timm's ResNet: ImageNet networks, CIFAR networks and DRN-A."""
 
 from collections.abc import Sequence
-from typing import Any, Final, List  # noqa: UP035 (TorchScript reads List)
+from typing import Any
 
-import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import BlurPool2d, get_norm_layer
-from timm.models import (
-    checkpoint,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_module,
-)
+from timm.models import checkpoint, register_notrace_module
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..activation import GatedActivation
+from ..activation import GatedActivation, given
 from ..checkpoints import build_with_checks
 from ..experts import block_experts, resnet_experts, widen_experts
 from ..gating import GatingConfig
 from ..network import DeepMoE
+from .registration import SMALL_IMAGE_EMBEDDING, Base, register_family
 
-CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
-CIFAR100_STD = (0.2673, 0.2564, 0.2762)
-SMALL_IMAGE_EMBEDDING = (16, 32, 64, 128)
+Gates = list[Tensor] | None
 
 
 class GatedBasicBlock(BasicBlock):
@@ -33,8 +25,9 @@ class GatedBasicBlock(BasicBlock):
 
     first_gate: int = 0
 
-    def forward(self, x: Tensor, gates: List[Tensor]) -> Tensor:  # noqa: UP006
+    def forward(self, x: Tensor, gates: Gates = None) -> Tensor:
         """Run the block on `x` (B, C, H, W) with the gates of all layers of the network, each (B, C_l)."""
+        gates = given(gates)
         shortcut = x
         x = self.drop_block(self.bn1(self.conv1(x)))
         x = self.aa(self.act1(x, gates[self.first_gate]))
@@ -53,20 +46,18 @@ class GatedBottleneck(Bottleneck):
     """timm's bottleneck with both inner activations gated ('A', Fig. 2b) or only the one after the 3x3 ('B', 2c)."""
 
     first_gate: int = 0
-    gate_inner: Final[bool]
+    gate_inner: bool = True
 
     def __init__(self, *args: Any, bottleneck: str = 'A', **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gate_inner = len(block_experts(type(self), bottleneck)) == 2
 
-    def forward(self, x: Tensor, gates: List[Tensor]) -> Tensor:  # noqa: UP006
+    def forward(self, x: Tensor, gates: Gates = None) -> Tensor:
         """Run the block on `x` (B, C, H, W) with the gates of all layers of the network, each (B, C_l)."""
+        gates = given(gates)
         shortcut = x
         x = self.bn1(self.conv1(x))
-        if self.gate_inner:
-            x = self.act1(x, gates[self.first_gate])
-        else:
-            x = self.act1(x)
+        x = self.act1(x, gates[self.first_gate]) if self.gate_inner else self.act1(x)
         x = self.drop_block(self.bn2(self.conv2(x)))
         x = self.aa(self.act2(x, gates[self.first_gate + int(self.gate_inner)]))
         x = self.bn3(self.conv3(x))
@@ -83,7 +74,7 @@ class GatedBottleneck(Bottleneck):
 class GatedStage(nn.Sequential):
     """Residual blocks that share the gates of the network."""
 
-    def forward(self, x: Tensor, gates: List[Tensor]) -> Tensor:  # noqa: UP006
+    def forward(self, x: Tensor, gates: Gates = None) -> Tensor:
         """Run the blocks on `x` (B, C, H, W) with the gates of all layers of the network, each (B, C_l)."""
         for block in self:
             x = block(x, gates)
@@ -196,19 +187,16 @@ class WideResNet(ResNet):
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
-    @torch.jit.ignore
     def stage_args(self, x: Tensor) -> tuple[Any, ...]:
         """What the stages take beside their input, for these images: nothing in a dense network."""
         return ()
 
-    @torch.jit.ignore
     def run_stage(self, stage: nn.Sequential, x: Tensor, *args: Any) -> Tensor:
         """Run the blocks of a stage, each checkpointed if so set."""
         for block in stage:
             x = checkpoint(block, x, *args) if self.grad_checkpointing else block(x, *args)
         return x
 
-    @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -272,34 +260,13 @@ class DeepMoEResNet(DeepMoE, WideResNet):
         """Map images (B, in_chans, H, W) to the unpooled features of the last stage."""
         gates = self.gating(x)
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-                x = self.run_stage(stage, x, gates)
-            return x
-        x = self.layer1(x, gates)
-        x = self.layer2(x, gates)
-        x = self.layer3(x, gates)
-        return self.layer4(x, gates)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = self.run_stage(stage, x, gates) if self.grad_checkpointing else stage(x, gates)
+        return x
 
-    @torch.jit.ignore
     def stage_args(self, x: Tensor) -> tuple[Any, ...]:
         """The gates of all layers for these images."""
         return (self.gating(x),)
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the stages (and their gates) that no feature in `indices` needs; see timm's ResNet."""
-        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        present = {name for name, _ in self.named_modules()}
-        self.keep_first_experts(sum(layer.conv in present for layer in self.expert_layers))
-        return take_indices
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and the embedding's where the model has `L_e`."""
-        super().reset_classifier(num_classes, global_pool)
-        self.gating.reset_classifier(num_classes)
 
 
 def _create_resnet(variant: str, pretrained: bool = False, gated: bool = True, **kwargs: Any) -> nn.Module:
@@ -315,220 +282,35 @@ def _create_resnet(variant: str, pretrained: bool = False, gated: bool = True, *
     )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': ('conv1', 'gating.embedding.layers.0.conv'),
-        'classifier': 'fc',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
+_SMALL = dict(block=BasicBlock, small_images=True)
+_ALL = ('wide', 'narrow', 'twin')
 
-
-def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
-    small = {'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (8, 8), 'crop_pct': 1.0}
-    return _cfg(**{**small, 'mean': CIFAR100_MEAN, 'std': CIFAR100_STD, **kwargs})
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        'wide_deepmoe_resnet18': _cfg(),
-        'wide_deepmoe_resnet34': _cfg(),
-        'wide_deepmoe_resnet50': _cfg(),
-        'wide_deepmoe_resnet101': _cfg(),
-        'wide_deepmoe_resnet50b': _cfg(),
-        'narrow_deepmoe_resnet18': _cfg(),
-        'narrow_deepmoe_resnet34': _cfg(),
-        'narrow_deepmoe_resnet50': _cfg(),
-        'narrow_deepmoe_resnet101': _cfg(),
-        'wide_deepmoe_resnet20_cifar': _cifar_cfg(),
-        'narrow_deepmoe_resnet20_cifar': _cifar_cfg(),
-        'resnet20_cifar': _cifar_cfg(first_conv='conv1'),
-        'wide_deepmoe_resnet32_cifar': _cifar_cfg(),
-        'narrow_deepmoe_resnet32_cifar': _cifar_cfg(),
-        'resnet32_cifar': _cifar_cfg(first_conv='conv1'),
-        'wide_deepmoe_resnet56_cifar': _cifar_cfg(),
-        'narrow_deepmoe_resnet56_cifar': _cifar_cfg(),
-        'resnet56_cifar': _cifar_cfg(first_conv='conv1'),
-        'wide_deepmoe_resnet110_cifar': _cifar_cfg(),
-        'narrow_deepmoe_resnet110_cifar': _cifar_cfg(),
-        'resnet110_cifar': _cifar_cfg(first_conv='conv1'),
-        'wide_deepmoe_drn_a_50': _cfg(pool_size=(28, 28)),
-        'narrow_deepmoe_drn_a_50': _cfg(pool_size=(28, 28)),
-        'drn_a_50': _cfg(first_conv='conv1', pool_size=(28, 28)),
-    }
+register_family(
+    __name__,
+    _create_resnet,
+    first_conv='conv1',
+    classifier='fc',
+    bases=(
+        Base('resnet18', 'ResNet-18', dict(block=BasicBlock, layers=(2, 2, 2, 2))),
+        Base('resnet34', 'ResNet-34', dict(block=BasicBlock, layers=(3, 4, 6, 3))),
+        Base('resnet50', 'ResNet-50, bottleneck A', dict(block=Bottleneck, layers=(3, 4, 6, 3))),
+        Base('resnet101', 'ResNet-101, bottleneck A', dict(block=Bottleneck, layers=(3, 4, 23, 3))),
+        Base(
+            'resnet50b',
+            'ResNet-50, only the 3x3 convolutions gated (bottleneck B)',
+            dict(block=Bottleneck, layers=(3, 4, 6, 3), bottleneck='B'),
+            variants=('wide',),
+        ),
+        Base('resnet20_cifar', 'ResNet-20 for 32x32 images', dict(_SMALL, layers=(3, 3, 3)), variants=_ALL),
+        Base('resnet32_cifar', 'ResNet-32 for 32x32 images', dict(_SMALL, layers=(5, 5, 5)), variants=_ALL),
+        Base('resnet56_cifar', 'ResNet-56 for 32x32 images', dict(_SMALL, layers=(9, 9, 9)), variants=_ALL),
+        Base('resnet110_cifar', 'ResNet-110 for 32x32 images', dict(_SMALL, layers=(18, 18, 18)), variants=_ALL),
+        Base(
+            'drn_a_50',
+            'DRN-A-50 (Yu et al. 2017), ResNet-50 dilated to output stride 8',
+            dict(block=Bottleneck, layers=(3, 4, 6, 3), output_stride=8),
+            dict(pool_size=(28, 28)),
+            _ALL,
+        ),
+    ),
 )
-
-
-@register_model
-def wide_deepmoe_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-18: ResNet-18, twice the experts in every gated layer."""
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), widen=2)
-    return _create_resnet('wide_deepmoe_resnet18', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-34: ResNet-34, twice the experts in every gated layer."""
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), widen=2)
-    return _create_resnet('wide_deepmoe_resnet34', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-50: ResNet-50, twice the experts in every gated layer (bottleneck A)."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=2)
-    return _create_resnet('wide_deepmoe_resnet50', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-101: ResNet-101, twice the experts in every gated layer (bottleneck A)."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), widen=2)
-    return _create_resnet('wide_deepmoe_resnet101', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_resnet50b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-50-B: ResNet-50, only the 3x3 convolutions widened and gated (bottleneck B)."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=2, bottleneck='B')
-    return _create_resnet('wide_deepmoe_resnet50b', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE-18: ResNet-18, the experts of the original in every gated layer."""
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), widen=1)
-    return _create_resnet('narrow_deepmoe_resnet18', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_resnet34(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE-34: ResNet-34, the experts of the original in every gated layer."""
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), widen=1)
-    return _create_resnet('narrow_deepmoe_resnet34', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE-50: ResNet-50, the experts of the original in every gated layer (bottleneck A)."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=1)
-    return _create_resnet('narrow_deepmoe_resnet50', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE-101: ResNet-101, the experts of the original in every gated layer (bottleneck A)."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), widen=1)
-    return _create_resnet('narrow_deepmoe_resnet101', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-20 for 32x32 images."""
-    model_args = dict(block=BasicBlock, layers=(3, 3, 3), widen=2, small_images=True)
-    return _create_resnet('wide_deepmoe_resnet20_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE-20 for 32x32 images."""
-    model_args = dict(block=BasicBlock, layers=(3, 3, 3), widen=1, small_images=True)
-    return _create_resnet('narrow_deepmoe_resnet20_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet20_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-20 for 32x32 images with option-A shortcuts (He et al. 2016), the dense twin."""
-    model_args = dict(block=BasicBlock, layers=(3, 3, 3), small_images=True, gated=False)
-    return _create_resnet('resnet20_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-32 for 32x32 images."""
-    model_args = dict(block=BasicBlock, layers=(5, 5, 5), widen=2, small_images=True)
-    return _create_resnet('wide_deepmoe_resnet32_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE-32 for 32x32 images."""
-    model_args = dict(block=BasicBlock, layers=(5, 5, 5), widen=1, small_images=True)
-    return _create_resnet('narrow_deepmoe_resnet32_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet32_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-32 for 32x32 images with option-A shortcuts (He et al. 2016), the dense twin."""
-    model_args = dict(block=BasicBlock, layers=(5, 5, 5), small_images=True, gated=False)
-    return _create_resnet('resnet32_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-56 for 32x32 images."""
-    model_args = dict(block=BasicBlock, layers=(9, 9, 9), widen=2, small_images=True)
-    return _create_resnet('wide_deepmoe_resnet56_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE-56 for 32x32 images."""
-    model_args = dict(block=BasicBlock, layers=(9, 9, 9), widen=1, small_images=True)
-    return _create_resnet('narrow_deepmoe_resnet56_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet56_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-56 for 32x32 images with option-A shortcuts (He et al. 2016), the dense twin."""
-    model_args = dict(block=BasicBlock, layers=(9, 9, 9), small_images=True, gated=False)
-    return _create_resnet('resnet56_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE-110 for 32x32 images."""
-    model_args = dict(block=BasicBlock, layers=(18, 18, 18), widen=2, small_images=True)
-    return _create_resnet('wide_deepmoe_resnet110_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE-110 for 32x32 images."""
-    model_args = dict(block=BasicBlock, layers=(18, 18, 18), widen=1, small_images=True)
-    return _create_resnet('narrow_deepmoe_resnet110_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def resnet110_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ResNet-110 for 32x32 images with option-A shortcuts (He et al. 2016), the dense twin."""
-    model_args = dict(block=BasicBlock, layers=(18, 18, 18), small_images=True, gated=False)
-    return _create_resnet('resnet110_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_drn_a_50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE on DRN-A-50: ResNet-50 dilated to output stride 8 (section 5.4)."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=2, output_stride=8)
-    return _create_resnet('wide_deepmoe_drn_a_50', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_drn_a_50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE on DRN-A-50: ResNet-50 dilated to output stride 8 (section 5.4)."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), widen=1, output_stride=8)
-    return _create_resnet('narrow_deepmoe_drn_a_50', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def drn_a_50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DRN-A-50 (Yu et al. 2017): ResNet-50 dilated to output stride 8, the dense twin."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), output_stride=8, gated=False)
-    return _create_resnet('drn_a_50', pretrained, **dict(model_args, **kwargs))

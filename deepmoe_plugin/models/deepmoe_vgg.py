@@ -2,22 +2,19 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, List  # noqa: UP035 (TorchScript reads List)
+from typing import Any
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead
-from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models.vgg import VGG, cfgs
 from torch import Tensor, nn
 
-from ..activation import GatedActivation
+from ..activation import GatedActivation, given
 from ..checkpoints import build_with_checks
 from ..experts import per_layer, vgg_experts
 from ..gating import GatingConfig
 from ..network import DeepMoE
-from .deepmoe_resnet import CIFAR100_MEAN, CIFAR100_STD, SMALL_IMAGE_EMBEDDING
+from .registration import SMALL_IMAGE_EMBEDDING, Base, register_family
 
 Layout = Sequence[int | str]
 
@@ -68,15 +65,16 @@ class WideVGG(VGG):
 class GatedFeatures(nn.Sequential):
     """The convolution stack of a VGG, its activations gated."""
 
-    def forward(self, x: Tensor, gates: List[Tensor]) -> Tensor:  # noqa: UP006
+    def forward(self, x: Tensor, gates: list[Tensor] | None = None) -> Tensor:
         """Map images (B, C, H, W) and the gates of all layers, each (B, C_l), to features."""
-        i = 0
-        for layer in self:
-            if hasattr(layer, 'is_relu'):  # a GatedActivation; TorchScript cannot resolve isinstance here
-                x = layer(x, gates[i])
-                i += 1
+        gates = given(gates)
+        layer = 0  # torch.fx can take an item of the gates, not iterate over them
+        for module in self:
+            if isinstance(module, GatedActivation):
+                x = module(x, gates[layer])
+                layer += 1
             else:
-                x = layer(x)
+                x = module(x)
         return x
 
 
@@ -137,22 +135,6 @@ class DeepMoEVGG(DeepMoE, WideVGG):
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the layers (and their gates) that no feature in `indices` needs; see timm's VGG."""
-        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        if self.num_classes == 0:
-            self.gating.reset_classifier(0)
-        self.keep_first_experts(sum(isinstance(layer, GatedActivation) for layer in self.features))
-        return take_indices
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier, and the embedding's where the model has `L_e`."""
-        super().reset_classifier(num_classes, global_pool)
-        self.gating.reset_classifier(num_classes)
-
 
 def _create_vgg(variant: str, pretrained: bool = False, gated: bool = True, **kwargs: Any) -> nn.Module:
     """Build a network of this family; `gated=False` gives its dense twin with the same widths."""
@@ -165,116 +147,22 @@ def _create_vgg(variant: str, pretrained: bool = False, gated: bool = True, **kw
     )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': ('features.0', 'gating.embedding.layers.0.conv'),
-        'classifier': 'head.fc',
-        'license': 'apache-2.0',
-        **kwargs,
-    }
-
-
-def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
-    small = {'num_classes': 100, 'input_size': (3, 32, 32), 'pool_size': (1, 1), 'crop_pct': 1.0}
-    return _cfg(**{**small, 'mean': CIFAR100_MEAN, 'std': CIFAR100_STD, **kwargs})
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        'wide_deepmoe_vgg11_bn': _cfg(),
-        'wide_deepmoe_vgg13_bn': _cfg(),
-        'wide_deepmoe_vgg16_bn': _cfg(),
-        'wide_deepmoe_vgg19_bn': _cfg(),
-        'wide_deepmoe_vgg16_cifar': _cifar_cfg(),
-        'narrow_deepmoe_vgg11_bn': _cfg(),
-        'narrow_deepmoe_vgg13_bn': _cfg(),
-        'narrow_deepmoe_vgg16_bn': _cfg(),
-        'narrow_deepmoe_vgg19_bn': _cfg(),
-        'narrow_deepmoe_vgg16_cifar': _cifar_cfg(),
-        'vgg16_cifar': _cifar_cfg(first_conv='features.0'),
-    }
+register_family(
+    __name__,
+    _create_vgg,
+    first_conv='features.0',
+    classifier='head.fc',
+    bases=(
+        Base('vgg11_bn', 'VGG-11 with batch norm', dict(layout=cfgs['vgg11'])),
+        Base('vgg13_bn', 'VGG-13 with batch norm', dict(layout=cfgs['vgg13'])),
+        Base('vgg16_bn', 'VGG-16 with batch norm', dict(layout=cfgs['vgg16'])),
+        Base('vgg19_bn', 'VGG-19 with batch norm', dict(layout=cfgs['vgg19'])),
+        Base(
+            'vgg16_cifar',
+            'VGG-16 for 32x32 images, 13 convolutions with batch norm and one linear layer',
+            dict(layout=cfgs['vgg16'], small_images=True),
+            dict(pool_size=(1, 1)),
+            ('wide', 'narrow', 'twin'),
+        ),
+    ),
 )
-
-
-@register_model
-def wide_deepmoe_vgg11_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE on VGG-11 with batch norm."""
-    model_args = dict(layout=cfgs['vgg11'], widen=2)
-    return _create_vgg('wide_deepmoe_vgg11_bn', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_vgg13_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE on VGG-13 with batch norm."""
-    model_args = dict(layout=cfgs['vgg13'], widen=2)
-    return _create_vgg('wide_deepmoe_vgg13_bn', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_vgg16_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE on VGG-16 with batch norm."""
-    model_args = dict(layout=cfgs['vgg16'], widen=2)
-    return _create_vgg('wide_deepmoe_vgg16_bn', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_vgg19_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE on VGG-19 with batch norm."""
-    model_args = dict(layout=cfgs['vgg19'], widen=2)
-    return _create_vgg('wide_deepmoe_vgg19_bn', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def wide_deepmoe_vgg16_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Wide-DeepMoE on VGG-16 for 32x32 images: 13 convolutions and one linear layer."""
-    model_args = dict(layout=cfgs['vgg16'], widen=2, small_images=True)
-    return _create_vgg('wide_deepmoe_vgg16_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_vgg11_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE on VGG-11 with batch norm."""
-    model_args = dict(layout=cfgs['vgg11'], widen=1)
-    return _create_vgg('narrow_deepmoe_vgg11_bn', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_vgg13_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE on VGG-13 with batch norm."""
-    model_args = dict(layout=cfgs['vgg13'], widen=1)
-    return _create_vgg('narrow_deepmoe_vgg13_bn', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_vgg16_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE on VGG-16 with batch norm."""
-    model_args = dict(layout=cfgs['vgg16'], widen=1)
-    return _create_vgg('narrow_deepmoe_vgg16_bn', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_vgg19_bn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE on VGG-19 with batch norm."""
-    model_args = dict(layout=cfgs['vgg19'], widen=1)
-    return _create_vgg('narrow_deepmoe_vgg19_bn', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def narrow_deepmoe_vgg16_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Narrow-DeepMoE on VGG-16 for 32x32 images: 13 convolutions and one linear layer."""
-    model_args = dict(layout=cfgs['vgg16'], widen=1, small_images=True)
-    return _create_vgg('narrow_deepmoe_vgg16_cifar', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def vgg16_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """VGG-16 for 32x32 images: 13 convolutions with batch norm and one linear layer, the dense twin."""
-    model_args = dict(layout=cfgs['vgg16'], small_images=True, gated=False)
-    return _create_vgg('vgg16_cifar', pretrained, **dict(model_args, **kwargs))

@@ -1,6 +1,5 @@
 """The sparse network: a view of the original whose expert layers run on compact weights."""
 
-import copy
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -12,9 +11,11 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from ..experts import expert_widths
+from ..activation import GatedActivation
+from ..experts import GatedNetwork, expert_widths
+from ..foreign import check_network
 from ..gating import GatingNetwork
-from ..network import DeepMoE
+from ..plain import is_plain
 from . import ragged
 from .conv import FoldedSequence, GatherConv, WeightCache
 from .fold import eval_view, fingerprint, flatten
@@ -136,8 +137,8 @@ class SparseBlock(nn.Module):
 
 def _activation(act: nn.Module) -> nn.Module | None:
     """The activation under a gate; None for ReLU, which is fused."""
-    act = getattr(act, 'act', act)
-    return None if isinstance(act, nn.ReLU) else act
+    act = act.act if isinstance(act, GatedActivation) else act
+    return None if is_plain(act, nn.ReLU) else act
 
 
 def _layer(
@@ -310,7 +311,7 @@ def sparse_vgg(network: Any, cache: WeightCache) -> Any:
     view.gating.segments = segments(view)
     if any(layer.consumer == 'pre_logits.fc1' for layer in network.expert_layers):
         conv = network.pre_logits.fc1
-        if conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
+        if is_plain(conv, nn.Conv2d) and conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
             view.pre_logits.fc1 = InputSparseConv(conv)
 
     def forward_intermediates(
@@ -368,7 +369,7 @@ class SparseNetwork(nn.Module):
             masked whose convolutions are too small.
     """
 
-    def __init__(self, network: DeepMoE, cache_mb: float = 128) -> None:
+    def __init__(self, network: GatedNetwork, cache_mb: float = 128) -> None:
         super().__init__()
         self.network = network
         self.cache_mb = cache_mb
@@ -422,6 +423,7 @@ class SparseNetwork(nn.Module):
         if self.masked:
             self._current = _Views(masked, masked, unchanged, lambda size, threads: True)
             return
+        check_network(self.network, 'Sparse execution', 'run the model without sparsify')
         cache = WeightCache(int(self.cache_mb * 2**20))
         build = sparse_vgg if hasattr(self.network, 'features') else sparse_resnet
         view = build(self.network, cache)
@@ -436,25 +438,29 @@ class SparseNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the network returns in evaluation mode, to float rounding."""
-        return self._view_for(x).forward(x, *args, **kwargs)
+        return self._runs(x)(x, *args, **kwargs)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features, all channels."""
-        return self._view_for(x).forward_features(x)
+        return self._runs(x).forward_features(x)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (or pooled features with `pre_logits=True`) of the unpooled features."""
-        return self.view().forward_head(x, *args, **kwargs)
+        return self._runs(x).forward_head(x, *args, **kwargs)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Features at several depths; see the network for the arguments."""
-        return self._view_for(x).forward_intermediates(x, *args, **kwargs)
+        return self._runs(x).forward_intermediates(x, *args, **kwargs)
+
+    def _runs(self, x: Tensor) -> Any:
+        """What runs on `x`: without values to look at, the network itself, whose modules a counter knows."""
+        return self.network if x.is_meta else self._view_for(x)
 
     def train(self, mode: bool = True) -> 'SparseNetwork':
         """Do nothing: this module is for inference, and the network's own mode is not its business."""
@@ -468,11 +474,14 @@ class SparseNetwork(nn.Module):
                 raise
             return getattr(self.network, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> 'SparseNetwork':
-        twin = SparseNetwork(copy.deepcopy(self.network, memo), self.cache_mb)
-        twin.limits, twin.ragged_limits, twin.masked = dict(self.limits), dict(self.ragged_limits), self.masked
-        twin.refresh()
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a file needs the network alone: the view is made again at the first call.
+        return {name: value for name, value in self.__dict__.items() if name not in ('_lock', '_current')}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+        self._current = None
 
 
 def _is_small(network: Any, size: tuple[int, int], threads: int) -> bool:

@@ -7,15 +7,12 @@ times them against one dense group of all images and lets them run only where th
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .conv import GatherConv
 
 SLOTS = 16
 """Numbers of channels are multiples of this, which tensor cores need for full speed."""
@@ -182,7 +179,7 @@ class RaggedBatch:
 
 
 def convolve(
-    conv: 'GatherConv',
+    conv: Any,
     x: Tensor,
     reads: RaggedKept | None,
     writes: RaggedKept | None,

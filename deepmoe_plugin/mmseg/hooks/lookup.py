@@ -20,7 +20,7 @@ def network_of(runner: Any, hook: Hook) -> DeepMoE:
     Raises:
         ValueError: there is none, or more than one; the message names the hook that needs it.
     """
-    networks = list(deepmoe_networks(model_of(runner)))
+    networks = [network for network in deepmoe_networks(model_of(runner)) if isinstance(network, DeepMoE)]
     if len(networks) != 1:
         raise ValueError(
             f'{type(hook).__name__} needs one DeepMoE network in {type(model_of(runner)).__name__}, found '

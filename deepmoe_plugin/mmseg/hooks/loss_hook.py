@@ -8,8 +8,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import Tensor, nn
 
-from ...losses import GatingLoss
 from ...network import DeepMoE
+from ...terms import gating_terms
 from .lookup import model_of, network_of
 
 
@@ -31,29 +31,20 @@ def class_presence(data_samples: Any, num_classes: int, ignore_index: int) -> Te
 
 
 class _AddTerms:
-    """Forward hook of a model; it holds all of its state, so that a copied model gets one with the copied network."""
+    """Forward hook of a model."""
 
-    def __init__(self, network: DeepMoE, ignore_index: int) -> None:
-        self._gating_loss = GatingLoss(network)
+    def __init__(self, ignore_index: int) -> None:
         self._ignore_index = ignore_index
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], losses: Any) -> None:
         if not isinstance(losses, dict):  # mode is not 'loss'
             return
-        gating = self._gating_loss.network.gating
-        record = gating.take_record()
-        if record is None:
-            if gating.training and torch.is_grad_enabled():
-                raise ValueError(
-                    'The DeepMoE network ran without gradients, so that its loss is lost: checkpoint the activations '
-                    'of its blocks (with_cp=True of the backbone), not of the whole backbone.'
-                )
-            return
-        target = None
-        if record.embed_logits is not None:
-            data_samples = kwargs['data_samples'] if 'data_samples' in kwargs else args[1]
-            target = class_presence(data_samples, record.embed_logits.shape[1], self._ignore_index)
-        losses.update(self._gating_loss(record, target, F.binary_cross_entropy_with_logits))
+        data_samples = kwargs['data_samples'] if 'data_samples' in kwargs else args[1]
+        losses.update(gating_terms(model, data_samples, self._presence_loss, losses))
+
+    def _presence_loss(self, logits: Tensor, data_samples: Any) -> Tensor:
+        target = class_presence(data_samples, logits.shape[1], self._ignore_index)
+        return F.binary_cross_entropy_with_logits(logits, target)
 
 
 @HOOKS.register_module()
@@ -77,12 +68,13 @@ class DeepMoELossHook(Hook):
         head = head[-1] if isinstance(head, nn.ModuleList) else head
         self._check_classes(network, getattr(head, 'num_classes', None))
         self._warn_of_decay(network, runner)
-        hook = _AddTerms(network, getattr(head, 'ignore_index', 255))
+        network.check_terms()
+        hook = _AddTerms(getattr(head, 'ignore_index', 255))
         model.register_forward_hook(hook, with_kwargs=True)
 
     @staticmethod
     def _check_classes(network: DeepMoE, num_classes: int | None) -> None:
-        classifier = network.gating.classifier
+        classifier = network.gating.class_scores
         if classifier is not None and num_classes not in (None, classifier.out_features):
             raise ValueError(
                 f'num_classes={classifier.out_features} of the backbone differs from num_classes={num_classes} of the '
@@ -92,10 +84,10 @@ class DeepMoELossHook(Hook):
     @staticmethod
     def _warn_of_decay(network: DeepMoE, runner: Any) -> None:
         groups = runner.optim_wrapper.param_groups
-        heads = network.gating.heads.weight
+        gates = network.gating.gates.weight
         for group in groups if isinstance(groups, list) else ():
-            if group.get('weight_decay') and any(parameter is heads for parameter in group['params']):
+            if group.get('weight_decay') and any(parameter is gates for parameter in group['params']):
                 runner.logger.warning(
-                    'Weight decay closes gates that the loss wants open: exempt the gate heads with '
-                    "optim_wrapper.paramwise_cfg=dict(custom_keys={'gating.heads': dict(decay_mult=0.0)})."
+                    'Weight decay closes gates that the loss wants kept: exempt the gate heads with '
+                    "optim_wrapper.paramwise_cfg=dict(custom_keys={'gating.gates': dict(decay_mult=0.0)})."
                 )

@@ -2,7 +2,7 @@
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', momentum=0.9),
-    paramwise_cfg=dict(custom_keys={'gating.heads': dict(decay_mult=0.0)}),
+    paramwise_cfg=dict(custom_keys={'gating.gates': dict(decay_mult=0.0)}),
 )
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

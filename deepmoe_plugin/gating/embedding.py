@@ -1,0 +1,42 @@
+"""The shallow embedding (section 3.3): from an image to its latent mixture weights."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tracing import is_symbolic
+
+
+class ShallowEmbedding(nn.Module):
+    """Image to latent mixture weights: stride-2 3x3 conv-norm-ReLU layers, global average pool, linear, softmax."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        channels: Sequence[int],
+        num_latent_experts: int,
+        norm_layer: Any = nn.BatchNorm2d,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        layers = []
+        for width_in, width in zip([in_chans, *channels[:-1]], channels, strict=True):
+            conv = nn.Conv2d(width_in, width, 3, stride=2, padding=1, bias=False, **dd)
+            nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+            layer = OrderedDict(conv=conv, norm=norm_layer(width, **dd), act=nn.ReLU(inplace=True))
+            layers.append(nn.Sequential(layer))
+        self.layers = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels[-1], num_latent_experts, **dd)
+        nn.init.zeros_(self.fc.weight)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, H, W) to latent mixture weights (B, K), positive and summing to one."""
+        x = self.fc(self.layers(x).mean(dim=(2, 3)))
+        is_double = not is_symbolic(x) and x.dtype == torch.float64
+        return x.softmax(dim=1, dtype=torch.float64 if is_double else torch.float32)

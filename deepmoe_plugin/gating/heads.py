@@ -1,0 +1,56 @@
+"""The gate heads: from latent mixture weights to `W e`, whose ReLU is the gates."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tracing import is_symbolic
+
+
+class GateHeads(nn.Module):
+    """One linear gate head per gated layer, kept as rows of a single matrix so that all gates cost one product.
+
+    `weight` has shape (N, K): the rows of gated layer l follow those of layer l - 1. Rows start at random around one,
+    with a mean of exactly one; as the embedding starts at the even mixture, 1/K for every image, all gates then are one
+    and the network is its dense base. The spread lets the experts part ways as soon as the mixtures of images do:
+    from equal rows, the L1 norm drives all gates shut at once, and no gradient reaches the embedding.
+
+    Args:
+        widths: experts of each gated layer, in the order in which the network runs them.
+    """
+
+    def __init__(self, widths: Sequence[int], num_latent_experts: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.widths: list[int] = [int(width) for width in widths]
+        # Steps of 1/64, in pairs of opposite sign, add up to zero without rounding, in bfloat16 too.
+        spread = torch.randn(sum(self.widths), num_latent_experts // 2, device=device, dtype=torch.float32)
+        spread = (spread / 2).clamp(-1, 1).mul(64).round() / 64
+        spread = torch.cat([spread, -spread, spread.new_zeros(len(spread), num_latent_experts % 2)], dim=1)
+        spread = spread.gather(1, torch.rand_like(spread).argsort(dim=1))
+        self.weight = nn.Parameter((1 + spread).to(dtype or torch.get_default_dtype()))
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        """Map mixture weights (B, K) to `W e`, shape (B, N), at least in float32 whatever autocast says."""
+        weight = self.weight.to(mixture.dtype)
+        if is_symbolic(mixture) or not torch.amp.is_autocast_available(mixture.device.type):
+            return F.linear(mixture, weight)
+        with torch.autocast(mixture.device.type, enabled=False):
+            return F.linear(mixture, weight)
+
+    def split(self, packed: Tensor) -> list[Tensor]:
+        """Cut (B, N) into one (B, C_l) for each gated layer."""
+        parts = packed.split(self.widths, dim=1)
+        return [parts[i] for i in range(len(self.widths))]  # torch.fx knows only the number of items, not the items
+
+    def keep_first(self, num_layers: int) -> None:
+        """Drop the heads of all gated layers but the first `num_layers`; without any, `weight` is no parameter."""
+        self.widths = self.widths[:num_layers]
+        weight = self.weight.detach()[: sum(self.widths)].clone()
+        if self.widths:
+            self.weight = nn.Parameter(weight, self.weight.requires_grad)
+        else:
+            del self.weight
+            self.register_buffer('weight', weight)

@@ -1,0 +1,35 @@
+"""Whether Python may look at values: the one answer for input checks, the fused gate and the record of a pass."""
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+
+
+def is_symbolic(x: Any) -> bool:
+    """Whether `x` has neither type nor device that Python could ask for: in a graph that torch.fx records."""
+    return isinstance(x, fx.Proxy)
+
+
+def is_transformed(x: Any) -> bool:
+    """Whether `x` stands for a value inside a tracer or a function transform.
+
+    These are torch.fx, torch.jit.trace, torch.export, the transforms of torch.func and forward-mode differentiation.
+    """
+    if torch.compiler.is_compiling():  # the compiler cannot trace the questions below
+        return torch.compiler.is_exporting()
+    return (
+        is_symbolic(x)
+        or isinstance(x, FakeTensor)
+        or torch.jit.is_tracing()
+        or torch._C._functorch.is_legacy_batchedtensor(x)  # torch.autograd.grad(is_grads_batched=True)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_traced(x: Any) -> bool:
+    """Whether a tracer or transform handles `x`, torch.compile included: then the plain formulas are used."""
+    return torch.compiler.is_compiling() or is_transformed(x)
