@@ -24,7 +24,7 @@ class _Gate(torch.autograd.Function):
         if relu:
             y = x.relu_().mul_(scale)
             ctx.mark_dirty(x)
-        else:  # other activations may keep their output for their own backward pass
+        else:  # other activations may need their output in their own backward pass
             y = x * scale
         ctx.save_for_backward(y, gate)
         ctx.relu = relu

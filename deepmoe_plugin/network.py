@@ -1,11 +1,13 @@
-"""What all DeepMoE networks share, whatever their base: gates, terms of the loss, freezing."""
+"""What DeepMoE networks of all families share: gates, terms of the loss, freezing."""
 
 from typing import Any
 
+from timm.layers import get_norm_layer
 from torch import nn
 
+from .activation import GatedActivation
 from .checkpoints import adapt_checkpoint
-from .experts import ExpertLayer, GatedNetwork, deepmoe_networks, expert_widths, find_deepmoe
+from .experts import GatedNetwork, deepmoe_networks, expert_widths, find_deepmoe
 from .gating import GatingConfig, GatingNetwork, GatingRecord
 from .losses import check_target, gating_loss
 from .macs import MacsTable
@@ -15,18 +17,36 @@ __all__ = ['DeepMoE', 'deepmoe_networks', 'find_deepmoe', 'freeze_gating', 'unfr
 
 
 class DeepMoE(GatedNetwork, TermSource):
-    """Mixin that adds a gating network to a base network of timm; stands before it in the bases.
+    """Mixin that adds a gating network to a base network of timm; comes before it in the bases.
 
-    The base network keeps timm's state-dict keys; everything new lives under `gating.`.
+    The base network keeps timm's state-dict keys; everything new lives under `gating.`. It sets `in_chans`,
+    `num_classes` and `expert_layers`.
     """
 
-    def add_gating(
-        self, config: GatingConfig, layers: tuple[ExpertLayer, ...], in_chans: int, num_classes: int, **kwargs: Any
-    ) -> None:
-        """Create the gating network for the gated `layers`; call once the base network stands."""
-        widths = expert_widths(self, layers)
-        self.expert_layers = layers
-        gating = GatingNetwork(config, widths, in_chans=in_chans, num_classes=num_classes, **kwargs)
+    in_chans: int
+    num_classes: int
+
+    def add_gating(self, config: GatingConfig, min_size: int, kwargs: dict[str, Any]) -> None:
+        """Gate the activations of `expert_layers`; call it when the base network is complete.
+
+        Args:
+            config: arguments of the gating network.
+            min_size: smallest image side in pixels that the network accepts.
+            kwargs: the base network's arguments, of which norm layer, device and dtype hold for the gating network too.
+        """
+        layers = self.expert_layers
+        for layer in layers:
+            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act)))
+        gating = GatingNetwork(
+            config,
+            expert_widths(self, layers),
+            in_chans=self.in_chans,
+            num_classes=self.num_classes,
+            min_size=min_size,
+            norm_layer=get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d),
+            device=kwargs.get('device'),
+            dtype=kwargs.get('dtype'),
+        )
         # Hosts take the last parameters for the classifier's and give images to the first module, so that the gating
         # network must be neither: it follows the first part of the base network that has gates.
         first = layers[0].conv.partition('.')[0]

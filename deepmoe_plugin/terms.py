@@ -231,6 +231,6 @@ def gating_terms(
         raise ValueError(
             f'No training forward pass of this {type(model).__name__} led to the loss and still has its terms: pass '
             f'the module that computed the loss, ask once after each forward pass and before its backward pass, and '
-            f'checkpoint the activations of blocks, not of the whole network.'
+            f'checkpoint the activations of blocks (set_grad_checkpointing, with_cp=True in mmseg), not of the network.'
         )
     return result

@@ -14,9 +14,9 @@ class GateHeads(nn.Module):
     """One linear gate head per gated layer, kept as rows of a single matrix so that all gates cost one product.
 
     `weight` has shape (N, K): the rows of gated layer l follow those of layer l - 1. Rows start at random around one,
-    with a mean of exactly one; as the embedding starts at the even mixture, 1/K for every image, all gates then are one
-    and the network is its dense base. The spread lets the experts part ways as soon as the mixtures of images do:
-    from equal rows, the L1 norm drives all gates shut at once, and no gradient reaches the embedding.
+    with a mean of exactly one. The embedding starts at the even mixture, 1/K for every image, so that all gates are one
+    and the network is its dense base. The rows differ so that the gates of experts differ as soon as the mixtures of
+    images do: from equal rows, the L1 norm closes all gates at once, and no gradient reaches the embedding.
 
     Args:
         widths: experts of each gated layer, in the order in which the network runs them.
@@ -33,7 +33,7 @@ class GateHeads(nn.Module):
         self.weight = nn.Parameter((1 + spread).to(dtype or torch.get_default_dtype()))
 
     def forward(self, mixture: Tensor) -> Tensor:
-        """Map mixture weights (B, K) to `W e`, shape (B, N), at least in float32 whatever autocast says."""
+        """Map mixture weights (B, K) to `W e`, shape (B, N), at least in float32, under autocast too."""
         weight = self.weight.to(mixture.dtype)
         if is_symbolic(mixture) or not torch.amp.is_autocast_available(mixture.device.type):
             return F.linear(mixture, weight)

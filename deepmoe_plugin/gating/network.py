@@ -146,7 +146,7 @@ class GatingNetwork(nn.Module):
         )
 
     def freeze(self) -> None:
-        """Stop training every gating parameter and statistic, whatever `train()` is told later."""
+        """Stop training every gating parameter and statistic; `train()` does not undo it."""
         self.frozen = True
         self.requires_grad_(False)
         self.eval()

@@ -1,6 +1,5 @@
 """The sparse network: a view of the original whose expert layers run on compact weights."""
 
-import copy
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -431,11 +430,13 @@ class SparseNetwork(nn.Module):
                 raise
             return getattr(self.network, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> 'SparseNetwork':
-        twin = SparseNetwork(copy.deepcopy(self.network, memo), self.cache_mb)
-        twin.limits, twin.ragged_limits, twin.masked = dict(self.limits), dict(self.ragged_limits), self.masked
-        twin.refresh()
-        return twin
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {'limits': self.limits, 'ragged_limits': self.ragged_limits, 'masked': self.masked}
+        return SparseNetwork, (self.network, self.cache_mb), state  # copies and pickles fold the network anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.refresh()
 
 
 def segments(view: nn.Module) -> list[Segment]:
