@@ -6,6 +6,7 @@ import torch
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from .plain import is_plain
 from .tracing import is_traced
 
 Gates = TypeVar('Gates')
@@ -65,14 +66,13 @@ class GatedActivation(nn.Module):
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
         self.act = act
-        self.is_relu = type(act) is nn.ReLU  # a subclass may do anything
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Map `(B, C, H, W)` and gates `(B, C)` to the gated `(B, C, H, W)`; overwrites `x`."""
         gate = given(gate)
         if is_traced(x):
             return self.act(x) * gate.to(x.dtype)[:, :, None, None]
-        if self.is_relu:
+        if is_plain(self.act, nn.ReLU):
             return _Gate.apply(x, gate, True)
         return _Gate.apply(self.act(x), gate, False)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from .arguments import check_number
 from .gating import GatingNetwork
+from .plain import REMEDY, oddity
 
 
 class ExpertLayer(NamedTuple):
@@ -110,13 +111,25 @@ def vgg_experts(model: nn.Module) -> tuple[ExpertLayer, ...]:
 
 
 def expert_widths(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[int]:
-    """Number of experts of each gated layer."""
-    return [_conv(model, layer.conv).out_channels for layer in layers]
+    """Number of experts of each gated layer.
+
+    Raises:
+        ValueError: something else is in the place of a convolution.
+    """
+    return [expert_conv(model, layer.conv).out_channels for layer in layers]
 
 
-def _conv(model: nn.Module, name: str) -> nn.Conv2d:
+def expert_conv(model: nn.Module, name: str) -> nn.Conv2d:
+    """The convolution of this name, one that computes or reads experts.
+
+    Raises:
+        ValueError: something else is in its place.
+    """
     conv = model.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
+    if not isinstance(conv, nn.Conv2d):
+        raise ValueError(
+            f'{name} must be a convolution to tell what its experts are, but it {oddity(conv, nn.Conv2d)}: {REMEDY}.'
+        )
     return conv
 
 
@@ -149,23 +162,26 @@ def widen_experts(
     The resized convolutions and norms come with their default initialisation.
 
     Raises:
-        ValueError: see `per_layer`.
+        ValueError: see `per_layer`; a convolution is not a plain one, so that a wider one would be another.
     """
     for layer, factor in zip(layers, per_layer(widen, len(layers)), strict=True):
         if factor == 1:
             continue
-        conv = _conv(model, layer.conv)
+        conv = expert_conv(model, layer.conv)
         width = max(1, round(conv.out_channels * factor))
         model.set_submodule(layer.conv, _resized(conv, conv.in_channels, width))
         if layer.norm:
             dd = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
             model.set_submodule(layer.norm, norm_layer(width, **dd))
         if layer.consumer:
-            consumer = _conv(model, layer.consumer)
+            consumer = expert_conv(model, layer.consumer)
             model.set_submodule(layer.consumer, _resized(consumer, width, consumer.out_channels))
 
 
 def _resized(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
+    odd = oddity(conv, nn.Conv2d)
+    if odd or conv.groups != 1:
+        raise ValueError(f'widen needs plain convolutions, but one {odd or f"has {conv.groups} groups"}: {REMEDY}.')
     return nn.Conv2d(
         in_channels,
         out_channels,
@@ -174,6 +190,7 @@ def _resized(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
         padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
         dilation=_pair(conv.dilation),
         bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )

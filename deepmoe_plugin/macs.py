@@ -12,14 +12,14 @@ the whole image, so without auxiliary heads and without the overlap of sliding w
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .experts import deepmoe_networks, expert_widths
+from .experts import deepmoe_networks, expert_conv, expert_widths
 from .gating import GateHeads
 from .stats import kept_experts
 
@@ -84,11 +84,13 @@ def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCo
         image_size: (H, W) in pixels.
 
     Raises:
-        ValueError: the model has no convolution.
+        ValueError: the model has no convolution, or something else in the place of an expert layer's.
     """
     names = {module: name for name, module in model.named_modules()}
     network = next(deepmoe_networks(model), None)
     layers = network.expert_layers if network is not None else ()
+    for name in (name for layer in layers for name in (layer.conv, layer.consumer) if name):
+        expert_conv(cast(nn.Module, network), name)
     backbone = network or getattr(model, 'backbone', None)
     prefix = names[backbone] + '.' if backbone is not None and names[backbone] else ''
     writes = {prefix + layer.conv: i for i, layer in enumerate(layers)}
@@ -129,8 +131,9 @@ def module_costs(model: nn.Module, image_size: tuple[int, int]) -> list[ModuleCo
     meta = {name: tensor.to('meta') for name, tensor in tensors.items()}
     was_training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        for module in was_training:  # not by `eval`, which a sparse network does not pass on
+            module.training = False
+        with torch.no_grad(), torch.compiler.set_stance('force_eager'):
             torch.func.functional_call(model, meta, (image,))
     finally:
         for hook in hooks:
@@ -256,6 +259,8 @@ def count_macs(model: nn.Module, x: Tensor) -> MacsReport:
     Raises:
         ValueError: the images do not fit the model, or it holds several DeepMoE networks.
     """
+    if isinstance(model, nn.DataParallel):  # takes one batch apart for several devices
+        model = model.module
     networks = list(deepmoe_networks(model))
     if len(networks) > 1:
         raise ValueError(f'Expected at most one DeepMoE network in {type(model).__name__}, found {len(networks)}.')

@@ -1,19 +1,26 @@
 """`deepmoe_plugin.prune`: static specialisation, for runtimes with fixed shapes (ONNX, TensorRT)."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import timm
 import torch
+from timm.layers import DropBlock2d, DropPath
 from timm.models import get_model_args
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 
 from .experts import ExpertLayer, expert_widths
+from .foreign import check_network
+from .gating.frozen import FrozenNorm
 from .network import DeepMoE
+from .plain import BATCH_NORMS, oddity
 from .stats import gate_statistics
 
 Batch = Tensor | tuple[Tensor, ...]
+
+_IDLE = (nn.Identity, nn.Dropout, DropBlock2d, DropPath)
 
 
 class Pruning(NamedTuple):
@@ -46,11 +53,13 @@ def prune(model: nn.Module, loader: Iterable[Batch], tolerance: float = 0.0) -> 
         tolerance: remove also the experts that at most this fraction of the images keeps (0 to 1).
 
     Returns:
-        The smaller model, in evaluation mode, with an attribute `pruning`: a `Pruning`.
+        The smaller model, in evaluation mode, with an attribute `pruning`: a `Pruning`. All else is as in `model`:
+        what is frozen, hooks, types, drop rates.
 
     Raises:
-        ValueError: `model` was not made by `timm.create_model`, `tolerance` is out of range, there are no images, or
-            `loader` cannot be run through again to measure what a tolerance costs.
+        ValueError: `model` was not made by `timm.create_model`, or was changed so that its name and arguments no longer
+            tell what it is; `tolerance` is out of range; there are no images, or `loader` cannot be run through again
+            to measure what a tolerance costs.
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f'tolerance must be a fraction, at least 0 and below 1, got {tolerance}.')
@@ -61,11 +70,17 @@ def prune(model: nn.Module, loader: Iterable[Batch], tolerance: float = 0.0) -> 
             f'prune takes a DeepMoE classifier made by timm.create_model, got a {type(model).__name__}: '
             'only such a model can be built again with fewer experts.'
         )
+    check_network(model, 'prune', 'train the experts that stay as they are')
+    for layer in model.expert_layers:
+        if layer.norm and not isinstance(model.get_submodule(layer.norm), (*BATCH_NORMS, nn.InstanceNorm2d)):
+            raise ValueError(
+                f'prune needs norms that treat each channel by itself, but {layer.norm} '
+                f'{oddity(model.get_submodule(layer.norm), *BATCH_NORMS)}: create the model with batch norms.'
+            )
+    _check_rebuilt(model)
     stats = gate_statistics(model, loader)
     kept = _choose(stats.kept.float().mean(0).split(stats.widths), model.expert_layers, tolerance)
-    smaller = _rebuild(model, [len(index) for index in kept])
-    smaller.load_state_dict(_slice(model.state_dict(), model.expert_layers, kept))
-    smaller.eval()
+    smaller = _without(model, kept).eval()
     top1 = (_top1(model, loader), _top1(smaller, loader)) if tolerance else (None, None)
     cast(Any, smaller).pruning = Pruning(stats.widths, tuple(len(index) for index in kept), *top1)
     return smaller
@@ -81,34 +96,87 @@ def _choose(used: Sequence[Tensor], layers: Sequence[ExpertLayer], tolerance: fl
     return kept
 
 
-def _rebuild(model: DeepMoE, widths: Sequence[int]) -> DeepMoE:
-    """A model of the same name and arguments with other widths of the gated layers."""
-    weight = model.gating.gates.weight
-
-    def build(widen: float | list[float], **kwargs: Any) -> DeepMoE:
-        args = {**get_model_args(model), 'widen': widen, **kwargs}
-        return cast(DeepMoE, timm.create_model(model.pretrained_cfg['architecture'], **args))
-
-    plain = build(1, device='meta')
-    factors = zip(widths, expert_widths(plain, plain.expert_layers), strict=True)
-    return build([width / full for width, full in factors], device=weight.device, dtype=weight.dtype)
+def _build(model: DeepMoE, **kwargs: Any) -> DeepMoE:
+    """The model that timm builds from the name and the arguments of another, without weights."""
+    args = {**get_model_args(model), **kwargs, 'device': 'meta'}
+    return cast(DeepMoE, timm.create_model(model.pretrained_cfg['architecture'], **args))
 
 
-def _slice(state_dict: dict[str, Tensor], layers: Sequence[ExpertLayer], kept: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The tensors of the smaller model."""
-    sliced = dict(state_dict)
-    gates = 'gating.gates.weight'
-    ends = torch.tensor([0, *(len(sliced[f'{layer.conv}.weight']) for layer in layers)]).cumsum(0)
-    rows = torch.cat([start + index for start, index in zip(ends[:-1], kept, strict=True)])
-    sliced[gates] = sliced[gates][rows.to(sliced[gates].device)]
-    for layer, index in zip(layers, kept, strict=True):
-        index = index.to(sliced[gates].device)
-        for key in [key for key in sliced if key.startswith((f'{layer.conv}.', f'{layer.norm or layer.conv}.'))]:
-            if sliced[key].ndim:
-                sliced[key] = sliced[key][index]
+def _check_rebuilt(model: DeepMoE) -> None:
+    """Check that name and arguments still tell what the model is: by them, the smaller one is saved and loaded.
+
+    Raises:
+        ValueError: names the part that was changed, and the remedy.
+    """
+    own, built = dict(model.named_modules()), dict(_build(model).named_modules())
+    for name in (*own, *built):
+        odd = _difference(own.get(name), built.get(name))
+        if not odd:
+            continue
+        if name == model.pretrained_cfg['classifier']:
+            remedy = f'use model.reset_classifier({getattr(own[name], "out_features", 0)}) to replace the classifier'
+        else:
+            remedy = 'build it by arguments of timm.create_model, or take it out'
+        raise ValueError(f'prune needs the model that timm.create_model built, but {name} {odd}: {remedy}.')
+
+
+def _difference(own: nn.Module | None, built: nn.Module | None) -> str:
+    """How a module differs from what timm builds, '' if it does not: state may differ, and how it trains."""
+    if all(module is None or isinstance(module, _IDLE) for module in (own, built)):
+        return ''
+    norms = (*BATCH_NORMS, FrozenNorm)
+    if type(own) is not type(built) and not (isinstance(own, norms) and isinstance(built, norms)):
+        return 'was taken out' if own is None else 'was added' if built is None else oddity(own, type(built))
+    shapes, expected = (
+        {name: tuple(tensor.shape) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+        for module in (own, built)
+        if module is not None
+    )
+    wrong = [name for name in {**shapes, **expected} if '.' not in name and shapes.get(name) != expected.get(name)]
+    return f'has a {wrong[0]} of shape {shapes.get(wrong[0])}, not {expected.get(wrong[0])}' if wrong else ''
+
+
+def _without(model: DeepMoE, kept: Sequence[Tensor]) -> DeepMoE:
+    """A copy that has the kept experts only."""
+    smaller = copy.deepcopy(model)
+    widths = [len(index) for index in kept]
+    plain = _build(model, widen=1)
+    full = expert_widths(plain, plain.expert_layers)
+    built: Any = _build(model, widen=[width / all_of_it for width, all_of_it in zip(widths, full, strict=True)])
+    for name in ('_model_args', 'feature_info', 'num_features'):
+        setattr(smaller, name, getattr(built, name))
+    starts = torch.tensor([0, *model.gating.gates.widths]).cumsum(0)
+    rows = torch.cat([start + index for start, index in zip(starts, kept, strict=False)])
+    _keep(smaller.gating.gates, rows)
+    smaller.gating.gates.widths = widths
+    for layer, index in zip(model.expert_layers, kept, strict=True):
+        conv: Any = smaller.get_submodule(layer.conv)
+        _keep(conv, index)
+        conv.out_channels = len(index)
+        if layer.norm:
+            norm: Any = smaller.get_submodule(layer.norm)
+            _keep(norm, index)
+            norm.num_features = len(index)
         if layer.consumer:
-            sliced[f'{layer.consumer}.weight'] = sliced[f'{layer.consumer}.weight'][:, index]
-    return sliced
+            consumer: Any = smaller.get_submodule(layer.consumer)
+            consumer.weight = _selected(consumer.weight, index, 1)
+            consumer.in_channels = len(index)
+    return smaller
+
+
+def _keep(module: nn.Module, index: Tensor) -> None:
+    """Keep these rows of all tensors of a module."""
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.ndim:
+                tensors[name] = _selected(tensor, index, 0)
+
+
+def _selected(tensor: Tensor, index: Tensor, dim: int) -> Any:
+    """Some rows or columns, with the properties of the whole."""
+    memory = torch.channels_last if tensor.ndim == 4 and not tensor.is_contiguous() else torch.contiguous_format
+    part = tensor.detach().index_select(dim, index.to(tensor.device)).contiguous(memory_format=memory)
+    return nn.Parameter(part, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else part
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .experts import GatedNetwork, expert_widths, find_deepmoe
+from .experts import GatedNetwork, find_deepmoe
 
 
 class GateStatistics(NamedTuple):
@@ -89,7 +89,7 @@ def gate_statistics(model: nn.Module, images: Tensor | Iterable[Tensor | tuple[T
 def join_kept(network: GatedNetwork, kept: Sequence[Tensor]) -> GateStatistics:
     """Statistics of the experts of one network that batches of images keep, each (B, N)."""
     layers = tuple(layer.conv for layer in network.expert_layers)
-    return GateStatistics(torch.cat(list(kept)), layers, tuple(expert_widths(network, network.expert_layers)))
+    return GateStatistics(torch.cat(list(kept)), layers, tuple(network.gating.gates.widths))
 
 
 @torch.no_grad()

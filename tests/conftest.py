@@ -1,7 +1,15 @@
 import os
 
+import pytest
+
 # Some virtual machines advertise AMX and then trap on its instructions, which kills the interpreter in bfloat16.
 # oneDNN reads this once, when torch is first used; it is an upper bound, so older processors are not affected.
 os.environ.setdefault('ONEDNN_MAX_CPU_ISA', 'AVX512_CORE_BF16')
 # One worker runs on each core: more threads than that only wait for each other.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+
+@pytest.fixture
+def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches run sparsely however small the network: without this, tests of small networks would run them masked."""
+    monkeypatch.setattr('deepmoe_plugin.sparse.engine.SMALL_WORK', 0)

@@ -1,10 +1,14 @@
 """`prune`: exact on the calibration images, smaller, and loadable by name."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 from small_networks import SMALL, images, randomise, small, widths
+from timm.layers import GroupNorm, StdConv2d
 from timm.models import save_for_hf
+from torch import nn
 
 import deepmoe_plugin
 
@@ -95,3 +99,85 @@ def test_the_original_stays_as_it_is():
 def test_bad_arguments(make, loader, tolerance, message):
     with pytest.raises(ValueError, match=message):
         deepmoe_plugin.prune(make(), loader, tolerance)
+
+
+@pytest.mark.parametrize('structure', SMALL)
+def test_what_is_frozen_stays_frozen(structure):
+    model = gated(structure, drop_path_rate=0.1) if 'vgg' not in structure else gated(structure)
+    deepmoe_plugin.freeze_gating(model)
+    next(model.parameters()).requires_grad_(False)
+    smaller = deepmoe_plugin.prune(model, [images(4)])
+    assert smaller.gating.frozen
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in smaller.named_parameters() if parameter.requires_grad} == trains
+    gates = smaller.gating.packed_gates(images(4))
+    optimizer = torch.optim.SGD(smaller.parameters(), 0.1)
+    smaller.train()(images(4)).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(smaller.gating.packed_gates(images(4)), gates)
+
+
+def test_all_other_state_stays():
+    model = gated('cifar', target_kept=0.5)
+    model.set_grad_checkpointing()
+    model.drop_rate = 0.3
+    model.bn1.momentum = 0.01
+    model.gating.gate_loss_weight = 0.25
+    model.gating.budget.strength.fill_(7)
+    model.layer1[0].conv2.to(memory_format=torch.channels_last)
+    calls = []
+    model.fc.register_forward_hook(lambda *_: calls.append(1))
+    smaller = deepmoe_plugin.prune(model, [images(4)])
+    calls.clear()
+    smaller(images(4))
+    assert calls == [1]
+    assert smaller.grad_checkpointing
+    assert (smaller.drop_rate, smaller.bn1.momentum, smaller.gating.gate_loss_weight) == (0.3, 0.01, 0.25)
+    assert smaller.gating.budget.strength == 7
+    assert smaller.layer1[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    mixed = gated('cifar').to(torch.bfloat16)
+    mixed.gating.float()
+    types = {name: value.dtype for name, value in mixed.state_dict().items()}
+    assert {n: v.dtype for n, v in deepmoe_plugin.prune(mixed, [images(2)]).state_dict().items()} == types
+
+
+def test_pruned_again_and_in_ddp_form_of_norms(tmp_path):
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(gated('basic')).eval()
+    smaller = deepmoe_plugin.prune(model, [images(4)])
+    again = deepmoe_plugin.prune(smaller, [images(2)])
+    torch.testing.assert_close(again(images(2)), model(images(2)), rtol=1e-4, atol=1e-4)
+    assert sum(widths(again)) <= sum(widths(smaller))
+    save_for_hf(again, str(tmp_path / 'pruned'), safe_serialization=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "pruned"}', pretrained=True).eval()
+    torch.testing.assert_close(loaded(images(2)), again(images(2)))
+
+
+def changed(**modules):
+    """The network 'cifar' with other modules in some places."""
+
+    def make() -> torch.nn.Module:
+        model = gated('cifar')
+        for name, module in modules.items():
+            model.set_submodule(name.replace('__', '.'), module)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (changed(fc=nn.Linear(64, 7)), r'fc has a weight of shape \(7, 64\).*reset_classifier\(7\)'),
+        (changed(fc=nn.Identity()), r'reset_classifier\(0\)'),
+        (changed(layer1__0__conv1=StdConv2d(16, 32, 3, padding=1)), r'layer1\.0\.conv1'),
+        (changed(conv1=StdConv2d(3, 16, 3, padding=1)), 'conv1 is of type StdConv2d'),
+        (changed(act1=nn.SiLU()), 'act1 is of type SiLU'),
+        (changed(layer1__0__act1__act=nn.Softmax2d()), r'layer1\.0\.act1'),
+        (changed(extra=nn.Linear(2, 2)), 'extra was added'),
+        (lambda: gated('vgg', conv_layer=StdConv2d), r'features\.0'),
+        (lambda: gated('cifar', norm_layer=partial(GroupNorm, num_groups=4)), 'create the model with batch norms'),
+    ],
+)
+def test_networks_that_their_name_does_not_tell(make, message):
+    with pytest.raises(ValueError, match=message):
+        deepmoe_plugin.prune(make(), [images(2)])

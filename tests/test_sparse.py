@@ -19,6 +19,8 @@ from deepmoe_plugin.experts import expert_widths
 from deepmoe_plugin.sparse import SparseNetwork, native, tiles
 from deepmoe_plugin.sparse.engine import segments
 
+pytestmark = pytest.mark.usefixtures('always_sparse')
+
 # Wide enough for layers to run on compact weights.
 STRUCTURES = {
     'basic': ('wide_deepmoe_resnet18', dict(layers=(1, 2, 1, 1), widen=(1, 1.3, 1, 0.5, 0.3))),

@@ -22,6 +22,8 @@ from deepmoe_plugin.sparse.engine import segments
 from deepmoe_plugin.sparse.fold import fingerprint
 from deepmoe_plugin.sparse.plan import Plan, Reader, Segment
 
+pytestmark = pytest.mark.usefixtures('always_sparse')
+
 
 @torch.no_grad()
 def _train_step(model: nn.Module) -> None:
@@ -259,6 +261,20 @@ def test_calibration_chooses_what_is_faster(structure: str, is_faster: bool, mon
         assert limits == (list(sparse.limits.values()) if is_faster else [])
         assert_exact(model, images(3, 48), sparse)
         _train_step(model)
+
+
+@torch.no_grad()
+def test_batches_of_small_convolutions_run_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('deepmoe_plugin.sparse.engine.SMALL_WORK', 8e6)
+    model = network('bottleneck_a')
+    sparse = deepmoe_plugin.sparsify(model)
+    expected = {(1, 32): False, (2, 32): True, (2, 320): False}
+    for (batch, size), is_masked in expected.items():
+        x = images(batch, size)
+        assert (sparse._view_for(x) is not sparse.view()) is is_masked
+        assert_exact(model, x, sparse)
+    sparse.masked = False  # what calibration finds
+    assert sparse._view_for(images(2, 32)) is sparse.view()
 
 
 def test_calibration_needs_a_clear_win() -> None:

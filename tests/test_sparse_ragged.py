@@ -27,6 +27,8 @@ from deepmoe_plugin.sparse.engine import segments, sparse_resnet, sparse_vgg
 from deepmoe_plugin.sparse.plan import Reader, Segment
 from deepmoe_plugin.sparse.ragged import RaggedBatch, RaggedKept
 
+pytestmark = pytest.mark.usefixtures('always_sparse')
+
 pytest.importorskip('triton')
 
 

@@ -58,6 +58,15 @@ def test_calibrated_is_never_slower(name: str, kept: float, batch: int, size: in
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('kept', [0.5, 1])
+@pytest.mark.parametrize('batch', [1, 8, 64])
+@pytest.mark.parametrize('name', ['wide_deepmoe_resnet20_cifar', 'narrow_deepmoe_resnet20_cifar'])
+def test_never_slower_without_calibration(name: str, batch: int, kept: float) -> None:
+    model, gates = with_random_gates(name, kept, batch, 32)
+    assert ratio(model, deepmoe_plugin.sparsify(model, cache_mb=0), gates, 200 // batch + 10) > 0.97
+
+
+@torch.no_grad()
 def test_half_of_the_experts_take_clearly_less_time() -> None:
     if not tiles.available(torch.float32):
         pytest.skip('needs numba and the OpenMP library of GNU')

@@ -12,6 +12,7 @@ from ..tracing import is_traced
 from .budget import GateBudget, default_weight
 from .config import GatingConfig
 from .embedding import ShallowEmbedding
+from .frozen import freeze_norms, unfreeze_norms
 from .heads import GateHeads
 
 
@@ -105,6 +106,7 @@ class GatingNetwork(nn.Module):
         checked = not is_traced(x)
         if checked:
             self._check_images(x)
+            self._stay_frozen()
         if not self.gates.widths:
             return x.new_zeros((x.shape[0], 0))
         samples = None
@@ -149,17 +151,27 @@ class GatingNetwork(nn.Module):
         """Stop training every gating parameter and statistic; `train()` does not undo it."""
         self.frozen = True
         self.requires_grad_(False)
+        freeze_norms(self)
         self.eval()
 
     def unfreeze(self) -> None:
         """Undo `freeze`."""
         self.frozen = False
+        unfreeze_norms(self)
         self.requires_grad_(True)
         self.train()
 
     def train(self, mode: bool = True) -> 'GatingNetwork':
         """Switch to training mode, unless frozen: then the norm statistics must not move either."""
+        self._stay_frozen()
         return super().train(mode and not self.frozen)
+
+    def _stay_frozen(self) -> None:
+        # Hosts that unfreeze a backbone after some epochs set this on all of its parameters.
+        if self.frozen:
+            for parameter in self.parameters():
+                if parameter.requires_grad and isinstance(parameter, nn.Parameter):  # not what torch.func puts there
+                    parameter.requires_grad_(False)
 
     def _check_images(self, x: Tensor) -> None:
         if x.ndim != 4:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..plain import BATCH_NORMS, is_plain
 from . import ragged, tiles
 from .fold import fold_norm
 from .gather import LANES, WHOLE, gather_kernel
@@ -276,20 +277,23 @@ class GatherConv:
 
 
 class FoldedSequence(nn.Module):
-    """Modules that run one after the other, each convolution fused with the norm and the ReLU that follow it."""
+    """Modules that run one after the other, each convolution fused with the norm and the ReLU that follow it.
+
+    What is not as its class has it (see `plain`) runs as it is.
+    """
 
     def __init__(self, modules: list[nn.Module], cache: WeightCache) -> None:
         super().__init__()
         self.steps: list[Callable[[Tensor], Tensor]] = []
         while modules:
             module, *modules = modules
-            if not isinstance(module, nn.Conv2d) or module.groups != 1:
+            if not isinstance(module, nn.Conv2d) or not is_plain(module, nn.Conv2d) or module.groups != 1:
                 self.steps.append(module)
                 continue
             norm = None
-            if modules and hasattr(modules[0], 'running_mean'):
+            if modules and is_plain(modules[0], *BATCH_NORMS):
                 norm, *modules = modules
-            relu = bool(modules) and isinstance(modules[0], nn.ReLU)
+            relu = bool(modules) and is_plain(modules[0], nn.ReLU)
             if relu:
                 modules = modules[1:]
             self.steps.append(_Step(GatherConv(module, norm, cache), relu))

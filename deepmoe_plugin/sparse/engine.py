@@ -1,8 +1,9 @@
 """The sparse network: a view of the original whose expert layers run on compact weights."""
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +11,21 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from ..activation import GatedActivation
 from ..experts import GatedNetwork, expert_widths
+from ..foreign import check_network
 from ..gating import GatingNetwork
+from ..plain import is_plain
 from . import ragged
 from .conv import FoldedSequence, GatherConv, WeightCache
 from .fold import eval_view, fingerprint, flatten
 from .native import Queue
 from .plan import Group, Kept, Plan, Reader, Segment
 from .ragged import RaggedKept
+
+SMALL_WORK = 8e6
+"""Products of a convolution, for each image and thread, below which a batch takes less time masked: what surrounds a
+convolution, about 0.1 ms for each image, then outweighs what is skipped."""
 
 
 class PlannedGating(nn.Module):
@@ -129,8 +137,8 @@ class SparseBlock(nn.Module):
 
 def _activation(act: nn.Module) -> nn.Module | None:
     """The activation under a gate; None for ReLU, which is fused."""
-    act = getattr(act, 'act', act)
-    return None if isinstance(act, nn.ReLU) else act
+    act = act.act if isinstance(act, GatedActivation) else act
+    return None if is_plain(act, nn.ReLU) else act
 
 
 def _layer(
@@ -303,7 +311,7 @@ def sparse_vgg(network: Any, cache: WeightCache) -> Any:
     view.gating.segments = segments(view)
     if any(layer.consumer == 'pre_logits.fc1' for layer in network.expert_layers):
         conv = network.pre_logits.fc1
-        if conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
+        if is_plain(conv, nn.Conv2d) and conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
             view.pre_logits.fc1 = InputSparseConv(conv)
 
     def forward_intermediates(
@@ -325,6 +333,21 @@ def sparse_vgg(network: Any, cache: WeightCache) -> Any:
     return view
 
 
+class _Views(NamedTuple):
+    """How a network runs until it changes.
+
+    Attributes:
+        sparse, masked: the views.
+        unchanged: whether the network is as it was.
+        is_small: see `_is_small`.
+    """
+
+    sparse: Any
+    masked: Any
+    unchanged: Callable[[], bool]
+    is_small: Callable[[tuple[int, int], int], bool]
+
+
 class SparseNetwork(nn.Module):
     """A DeepMoE network for inference that computes, for each image, only the experts that its gates keep.
 
@@ -342,7 +365,8 @@ class SparseNetwork(nn.Module):
         limits: gated layer to the largest kept fraction for which it runs on compact weights; by calibration.
         ragged_limits: first gated layer of a segment to the largest kept fraction for which a batch runs ragged on it;
             by calibration.
-        masked: run the masked network instead, which calibration found faster.
+        masked: run the masked network instead: found faster or slower by calibration; without it (None), batches run
+            masked whose convolutions are too small.
     """
 
     def __init__(self, network: GatedNetwork, cache_mb: float = 128) -> None:
@@ -351,9 +375,9 @@ class SparseNetwork(nn.Module):
         self.cache_mb = cache_mb
         self.limits: dict[int, float] = {}
         self.ragged_limits: dict[int, float] = {}
-        self.masked = False
+        self.masked: bool | None = None
         self._lock = threading.Lock()
-        self._current: tuple[Any, Callable[[], bool]] | None = None
+        self._current: _Views | None = None
         self.training = False
         self.view()
 
@@ -363,28 +387,43 @@ class SparseNetwork(nn.Module):
         Raises:
             RuntimeError: called during export.
         """
+        return self._views().sparse
+
+    def _views(self) -> '_Views':
         if torch.compiler.is_exporting():
             raise RuntimeError(
                 'Sparse execution chooses shapes by the gates of each image, which no graph can hold. Export the '
                 'network itself: it runs masked.'
             )
         current = self._current
-        if current is not None and current[1]():
-            return current[0]
+        if current is not None and current.unchanged():
+            return current
         with self._lock:
             current = self._current
-            if current is None or not current[1]():
+            if current is None or not current.unchanged():
                 self.refresh()
             assert self._current is not None
-            return self._current[0]
+            return self._current
+
+    def _view_for(self, x: Tensor) -> Any:
+        """The view that takes least time for these images."""
+        views = self._views()
+        decides = self.masked is None and x.ndim == 4 and len(x) > 1 and x.device.type == 'cpu'
+        return (
+            views.masked
+            if decides and views.is_small((x.shape[2], x.shape[3]), torch.get_num_threads())
+            else views.sparse
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Read the network's weights anew."""
         unchanged = fingerprint(self.network)
+        masked: Any = eval_view(self.network)
         if self.masked:
-            self._current = (eval_view(self.network), unchanged)
+            self._current = _Views(masked, masked, unchanged, lambda size, threads: True)
             return
+        check_network(self.network, 'Sparse execution', 'run the model without sparsify')
         cache = WeightCache(int(self.cache_mb * 2**20))
         build = sparse_vgg if hasattr(self.network, 'features') else sparse_resnet
         view = build(self.network, cache)
@@ -392,31 +431,36 @@ class SparseNetwork(nn.Module):
             segment.ragged_limit = self.ragged_limits.get(segment.first, segment.ragged_limit)
             for layer in range(len(segment.widths)):
                 segment.limits[layer] = self.limits.get(segment.first + layer, segment.limits[layer])
-        self._current = (view, unchanged)
+        is_small = functools.cache(functools.partial(_is_small, self.network))
+        self._current = _Views(view, masked, unchanged, is_small)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the network returns in evaluation mode, to float rounding."""
-        return self.view().forward(x, *args, **kwargs)
+        return self._runs(x)(x, *args, **kwargs)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_features(self, x: Tensor) -> Tensor:
         """Unpooled features, all channels."""
-        return self.view().forward_features(x)
+        return self._runs(x).forward_features(x)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits (or pooled features with `pre_logits=True`) of the unpooled features."""
-        return self.view().forward_head(x, *args, **kwargs)
+        return self._runs(x).forward_head(x, *args, **kwargs)
 
     @torch.compiler.disable
     @torch.no_grad()
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Features at several depths; see the network for the arguments."""
-        return self.view().forward_intermediates(x, *args, **kwargs)
+        return self._runs(x).forward_intermediates(x, *args, **kwargs)
+
+    def _runs(self, x: Tensor) -> Any:
+        """What runs on `x`: without values to look at, the network itself, whose modules a counter knows."""
+        return self.network if x.is_meta else self._view_for(x)
 
     def train(self, mode: bool = True) -> 'SparseNetwork':
         """Do nothing: this module is for inference, and the network's own mode is not its business."""
@@ -430,13 +474,30 @@ class SparseNetwork(nn.Module):
                 raise
             return getattr(self.network, name)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        state = {'limits': self.limits, 'ragged_limits': self.ragged_limits, 'masked': self.masked}
-        return SparseNetwork, (self.network, self.cache_mb), state  # copies and pickles fold the network anew
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a file needs the network alone: the view is made again at the first call.
+        return {name: value for name, value in self.__dict__.items() if name not in ('_lock', '_current')}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.refresh()
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+        self._current = None
+
+
+def _is_small(network: Any, size: tuple[int, int], threads: int) -> bool:
+    """Whether gated convolutions of one image, (H, W), have less than `SMALL_WORK` products to do, on average."""
+    order = {name: i for i, (name, _) in enumerate(network.named_modules())}
+    products = []
+    for layer in network.expert_layers:
+        # The first feature that is taken in or behind the layer's stage tells the stride.
+        later = (
+            info
+            for info in network.feature_info
+            if layer.conv.startswith(f'{info["module"]}.') or order.get(info['module'], 0) > order[layer.conv]
+        )
+        reduction = next((info['reduction'] for info in later), network.feature_info[-1]['reduction'])
+        products.append(network.get_submodule(layer.conv).weight.numel() * size[0] * size[1] / reduction**2)
+    return sum(products) < SMALL_WORK * threads * len(products)
 
 
 def segments(view: nn.Module) -> list[Segment]:

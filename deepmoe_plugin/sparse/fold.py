@@ -2,10 +2,13 @@
 
 import operator
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from ..plain import BATCH_NORMS, REMEDY, is_plain, oddity
 
 Module = TypeVar('Module', bound=nn.Module)
 
@@ -16,12 +19,15 @@ def fold_norm(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
     The arithmetic is done in float64, so that folding adds no error of its own.
 
     Raises:
-        ValueError: the norm depends on the image, so that it cannot be folded.
+        ValueError: the norm depends on the image, so that it cannot be folded, or either is not as its class has it.
     """
+    odd = oddity(conv, nn.Conv2d)
+    if odd:
+        raise ValueError(f'Sparse execution reads the weights of convolutions, but one {odd}: {REMEDY}.')
     weight = conv.weight.detach().double()
     bias = torch.zeros_like(weight[:, 0, 0, 0]) if conv.bias is None else conv.bias.detach().double()
     if norm is not None and not isinstance(norm, nn.Identity):
-        if getattr(norm, 'running_mean', None) is None or hasattr(norm, 'act'):
+        if not is_plain(norm, *BATCH_NORMS) or norm.running_mean is None:
             raise ValueError(
                 f'Sparse execution folds norms into convolutions, which {type(norm).__name__} does not allow: '
                 'create the model with a batch norm that keeps running statistics.'
@@ -37,18 +43,31 @@ def fold_norm(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def flatten(modules: list[nn.Module]) -> Iterator[nn.Module]:
-    """The modules in the order in which they run, containers opened."""
+    """The modules in the order in which they run, containers opened that do no more than that."""
     for module in modules:
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Sequential) and is_plain(module, nn.Sequential):
             yield from flatten(list(module))
-        elif not isinstance(module, nn.Identity):
+        elif not is_plain(module, nn.Identity):
             yield module
 
 
 def eval_view(module: Module) -> Module:
-    """A copy of the module tree in evaluation mode that shares every parameter and buffer with the original."""
+    """A copy of the module tree in evaluation mode that shares every parameter and buffer with the original.
+
+    Raises:
+        ValueError: `forward` of a module was replaced by a function that may hold the original.
+    """
     view = module.__class__.__new__(module.__class__)
     view.__dict__.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            view.__dict__[name] = MethodType(value.__func__, view)
+    forward = view.__dict__.get('forward')
+    if forward is not None and getattr(forward, '__self__', None) is not view:
+        raise ValueError(
+            f'forward of a {type(module).__name__} was replaced by {forward!r}, which may hold the module itself, with '
+            'its training mode: sparsify the model before it is wrapped.'
+        )
     for name in ('_parameters', '_buffers'):
         view.__dict__[name] = dict(module.__dict__[name])
     view.__dict__['_modules'] = {
@@ -61,23 +80,27 @@ def eval_view(module: Module) -> Module:
 def fingerprint(module: nn.Module) -> Callable[[], bool]:
     """Remember the module tree and its tensors; the function returned tells whether all are as they were.
 
-    Seen are assignments of modules and tensors, moves, and in-place changes of tensors, except those made through
-    `.data` and those of inference tensors, which torch does not count.
+    Seen are assignments of modules and tensors, hooks, moves, and in-place changes of tensors, except those made
+    through `.data` and those of inference tensors, which torch does not count.
     """
     kinds = ('_modules', '_parameters', '_buffers')
-    held = [(part.__dict__[kind], key) for part in module.modules() for kind in kinds for key in part.__dict__[kind]]
+    parts = list(module.modules())
+    hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+    held = [(part.__dict__[kind], key) for part in parts for kind in kinds for key in part.__dict__[kind]]
     holders, keys = [holder for holder, _ in held], [key for _, key in held]
     values = list(map(dict.get, holders, keys))
     counted = [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
     moved = [value for value in values if isinstance(value, nn.Parameter)]  # by `.to`, which leaves the object
     version = operator.attrgetter('_version')
     versions, pointers = list(map(version, counted)), list(map(Tensor.data_ptr, moved))
+    hooked = list(map(len, hooks))
 
     def unchanged() -> bool:  # asked for every batch: loops in C
         return (
             all(map(operator.is_, map(dict.get, holders, keys), values))
             and list(map(version, counted)) == versions
             and list(map(Tensor.data_ptr, moved)) == pointers
+            and list(map(len, hooks)) == hooked
         )
 
     return unchanged
