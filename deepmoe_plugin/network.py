@@ -36,7 +36,8 @@ class DeepMoE(GatedNetwork, TermSource):
         """
         layers = self.expert_layers
         for layer in layers:
-            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act)))
+            channels_last = isinstance(self.get_submodule(layer.conv), nn.Linear)
+            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act), channels_last))
         gating = GatingNetwork(
             config,
             expert_widths(self, layers),
@@ -74,9 +75,9 @@ class DeepMoE(GatedNetwork, TermSource):
         """Parameters that weight decay must leave alone: it would close gates that the loss wants kept."""
         return {'gating.gates.weight'}
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
         """Replace the classifier, and the embedding's where the model has `L_e`."""
-        super().reset_classifier(num_classes, global_pool)  # type: ignore[misc] # of the base network
+        super().reset_classifier(num_classes, global_pool, **kwargs)  # type: ignore[misc] # of the base network
         self.gating.reset_classifier(num_classes)
         self._table = None
 
