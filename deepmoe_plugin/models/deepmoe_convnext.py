@@ -196,13 +196,13 @@ def _create_convnext(variant: str, pretrained: bool = False, gated: bool = True,
         variant,
         pretrained,
         convert=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter'),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls='getter', flatten_sequential=True),
         **kwargs,
     )
 
 
 # Depths of the stages, channels of the first, which each stage doubles, and whether timm's network uses convolutions.
-_SIZES = {
+SIZES = {
     'atto': ((2, 2, 6, 2), 40, True),
     'femto': ((2, 2, 6, 2), 48, True),
     'pico': ((2, 2, 6, 2), 64, True),
@@ -215,7 +215,7 @@ _V2 = dict(use_grn=True, ls_init_value=None)
 
 
 def _base(name: str, title: str, size: str, **args: Any) -> Base:
-    depths, channels, conv_mlp = _SIZES[size]
+    depths, channels, conv_mlp = SIZES[size]
     dims = tuple(channels * 2**i for i in range(4))
     args = dict(depths=depths, dims=dims, conv_mlp=conv_mlp, **args)
     return Base(f'{name}_{size}', f'{title} {size}', args, dict(interpolation='bicubic'))
@@ -227,7 +227,7 @@ register_family(
     first_conv='stem.0',
     classifier='head.fc',
     bases=(
-        *(_base('convnext', 'ConvNeXt', size) for size in _SIZES),
-        *(_base('convnextv2', 'ConvNeXt V2', size, **_V2) for size in _SIZES),
+        *(_base('convnext', 'ConvNeXt', size) for size in SIZES),
+        *(_base('convnextv2', 'ConvNeXt V2', size, **_V2) for size in SIZES),
     ),
 )
