@@ -5,13 +5,14 @@ whatever else a user has put there: subclasses, parametrisations, adapters, hook
 """
 
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torchvision.ops import FrozenBatchNorm2d
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 REMEDY = 'merge it into a plain one, or remove it'
 
 _CALLED = ('__call__', 'forward', '_conv_forward')
-_TENSORS = (nn.Parameter, Tensor, type(None))
+_TENSORS = (nn.Parameter, Tensor, FakeTensor, type(None))
 
 
 def oddity(module: nn.Module | None, *kinds: type[nn.Module]) -> str:

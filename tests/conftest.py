@@ -7,6 +7,8 @@ import pytest
 os.environ.setdefault('ONEDNN_MAX_CPU_ISA', 'AVX512_CORE_BF16')
 # One worker runs on each core: more threads than that only wait for each other.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# Native code compares every address with the memory that it must lie in.
+os.environ.setdefault('DEEPMOE_CHECKED', '1')
 
 
 @pytest.fixture

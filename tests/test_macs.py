@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepmoe_plugin import count_macs, sparsify
 from deepmoe_plugin.macs import GROUPS, MacsTable, macs_table, module_costs
-from deepmoe_plugin.sparse.engine import segments
 from deepmoe_plugin.stats import kept_experts
 
 structures = pytest.mark.parametrize('structure', SMALL)
@@ -264,7 +263,7 @@ def test_counts_are_those_of_sparse_execution(structure, case):
         close(model, [width if case == 'all kept' else 1 for width in model.gating.gates.widths])
     x = images(1, dtype=torch.float64)
     sparse = sparsify(model, cache_mb=0)
-    for segment in segments(sparse.view()):
+    for segment in sparse.executor.by_torch().segments():
         segment.steps = [1] * len(segment.steps)  # by default it computes a few experts more, for repeated shapes
         segment.limits = [1] * len(segment.limits)
     counted = without_head_conv(count_macs(model, x)).item()

@@ -1,7 +1,6 @@
 """Sparse execution computes what the masked network computes, whatever the gates (invariant 1)."""
 
 import copy
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 import deepmoe_plugin
 from deepmoe_plugin.experts import expert_widths
-from deepmoe_plugin.sparse import SparseNetwork, native, tiles
-from deepmoe_plugin.sparse.engine import segments
+from deepmoe_plugin.sparse import SparseNetwork, build
 
 pytestmark = pytest.mark.usefixtures('always_sparse')
 
@@ -70,7 +68,7 @@ def with_gates(model: nn.Module, gates: list[Tensor]) -> nn.Module:
 def compact_layers(sparse: Any, gates: list[Tensor]) -> int:
     """Layers that run on compact weights with these gates."""
     plan = deepmoe_plugin.sparse.plan.Plan(gates)
-    found = segments(sparse.view())
+    found = sparse.executor.by_torch().segments()
     return sum(kept is not None for segment in found for group in plan.groups(segment, 64) for kept in group.kept)
 
 
@@ -126,7 +124,9 @@ def test_images_that_share_experts(structure: str) -> None:
     gates = [torch.cat([gate, 2 * gate, 0.5 * gate[1:]]) for gate in gates]
     sparse = deepmoe_plugin.sparsify(with_gates(model, gates))
     plan = deepmoe_plugin.sparse.plan.Plan(gates)
-    partitions = [[group.images for group in plan.groups(segment, 4096)] for segment in segments(sparse.view())]
+    partitions = [
+        [group.images for group in plan.groups(segment, 4096)] for segment in sparse.executor.by_torch().segments()
+    ]
     assert [[0, 2], [1, 3, 4]] in partitions
     assert_exact(model, images(5, 40), sparse)
 
@@ -246,12 +246,12 @@ def test_features_only() -> None:
 
 
 @torch.no_grad()
-def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, 'llvmlite.binding', None)
-    monkeypatch.setattr(tiles, 'features', native.features.__wrapped__)
-    monkeypatch.setattr(tiles, 'available', tiles.available.__wrapped__)
-    assert not tiles.available(torch.float32)
-    model = network('bottleneck_a')
+@pytest.mark.parametrize('structure', STRUCTURES)
+def test_without_compiler(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, 'compiler', lambda: None)
+    monkeypatch.setattr(build, 'library', build.library.__wrapped__)
+    assert build.library() is None
+    model = network(structure)
     sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 2, 0.4)))
     for _ in range(3):  # the third time from the cache
         assert_exact(model, images(2, 40), sparse)

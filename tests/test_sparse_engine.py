@@ -18,7 +18,6 @@ import deepmoe_plugin
 from deepmoe_plugin.sparse import SparseNetwork
 from deepmoe_plugin.sparse.calibrate import FRACTIONS, _is_faster
 from deepmoe_plugin.sparse.conv import WeightCache
-from deepmoe_plugin.sparse.engine import segments
 from deepmoe_plugin.sparse.fold import fingerprint
 from deepmoe_plugin.sparse.plan import Plan, Reader, Segment
 
@@ -85,6 +84,7 @@ def test_edit_through_data_needs_refresh() -> None:
     model = network('bottleneck_a')
     sparse = deepmoe_plugin.sparsify(model)
     x = images(2, 40)
+    sparse(x)
     _through_data(model)
     assert relative_error(sparse(x), model(x)) > 1e-4
     sparse.refresh()
@@ -178,11 +178,12 @@ def test_what_cannot_run_sparsely_says_so() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize('cache_mb', [0.2, 64])
-def test_cache_serves_repeated_gates_and_stays_bounded(cache_mb: float) -> None:
+def test_cache_serves_repeated_gates_and_stays_bounded(cache_mb: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('deepmoe_plugin.sparse.program.available', lambda x: False)
     model = network('bottleneck_a')
     gates = random_gates(model, 1, 0.3)
     sparse = deepmoe_plugin.sparsify(with_gates(model, gates), cache_mb=cache_mb)
-    cache = next(m for m in sparse.view().modules() if hasattr(m, 'convs')).convs[0].cache
+    cache = sparse.executor.cache
     x = images(1, 40)
     for _ in range(3):
         assert_exact(model, x, sparse)
@@ -254,11 +255,13 @@ def test_calibration_chooses_what_is_faster(structure: str, is_faster: bool, mon
     model = network(structure)
     sparse = deepmoe_plugin.sparsify(model, calibrate=images(1, 48))
     expected = FRACTIONS[-1] + 1e-6 if is_faster else 0
-    assert sparse.limits == pytest.approx(dict.fromkeys(range(len(model.expert_layers)), expected))
-    assert sparse.masked is not is_faster
+    assert sparse.settings.limits == pytest.approx(dict.fromkeys(range(len(model.expert_layers)), expected))
+    assert sparse.settings.masked is not is_faster
     for _ in range(2):
-        limits = [limit for segment in segments(sparse.view()) for limit in segment.limits]
-        assert limits == (list(sparse.limits.values()) if is_faster else [])
+        assert (sparse.executor is not None) is is_faster
+        if is_faster:
+            assert sparse.executor.native().most_kept.tolist() == [int(expected * w) for w in sparse.executor.widths]
+            assert sparse.executor.by_torch().segments()[0].limits[0] == pytest.approx(expected)
         assert_exact(model, images(3, 48), sparse)
         _train_step(model)
 
@@ -266,6 +269,7 @@ def test_calibration_chooses_what_is_faster(structure: str, is_faster: bool, mon
 @torch.no_grad()
 def test_batches_of_small_convolutions_run_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('deepmoe_plugin.sparse.engine.SMALL_WORK', 8e6)
+    monkeypatch.setattr('deepmoe_plugin.sparse.program.available', lambda x: False)
     model = network('bottleneck_a')
     sparse = deepmoe_plugin.sparsify(model)
     expected = {(1, 32): False, (2, 32): True, (2, 320): False}
@@ -273,7 +277,7 @@ def test_batches_of_small_convolutions_run_masked(monkeypatch: pytest.MonkeyPatc
         x = images(batch, size)
         assert (sparse._view_for(x) is not sparse.view()) is is_masked
         assert_exact(model, x, sparse)
-    sparse.masked = False  # what calibration finds
+    sparse.settings.masked = False  # what calibration finds
     assert sparse._view_for(images(2, 32)) is sparse.view()
 
 
@@ -288,13 +292,16 @@ def test_calibration_needs_a_clear_win() -> None:
     assert not _is_faster(slow, fast)
 
 
+@pytest.mark.parametrize('native', [True, False])
 @pytest.mark.parametrize('limit', [0.0, 1.0])
 @pytest.mark.parametrize('structure', STRUCTURES)
-def test_any_choice_is_exact(structure: str, limit: float) -> None:
+def test_any_choice_is_exact(structure: str, limit: float, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        monkeypatch.setattr('deepmoe_plugin.sparse.program.available', lambda x: False)
     model = network(structure)
     sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 3, 0.4)))
-    for segment in segments(sparse.view()):
-        segment.limits = [limit] * len(segment.limits)
+    sparse.settings.limits = dict.fromkeys(range(len(model.expert_layers)), limit)
+    sparse.executor.apply()
     assert_exact(model, images(3, 48), sparse)
 
 

@@ -1,305 +1,265 @@
-"""Native code of sparse execution on the CPU: the gather of kept weights, and convolution in tiles."""
+"""Native code of sparse execution on the CPU, beside plain NumPy that says what it computes.
 
+Tests run it with every address checked (see `build.CHECKED`).
+"""
+
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from small_networks import images
 from test_sparse import assert_exact, network, random_gates, relative_error, with_gates
 from torch import Tensor, nn
 
 import deepmoe_plugin
-from deepmoe_plugin.sparse import conv as sparse_conv
-from deepmoe_plugin.sparse import gather, native, tiles
-from deepmoe_plugin.sparse.conv import GatherConv, WeightCache
-from deepmoe_plugin.sparse.gather import LANES, gather_kernel
-from deepmoe_plugin.sparse.plan import Kept
-from deepmoe_plugin.sparse.tiles import BLOCK, TiledWeight
+from deepmoe_plugin.sparse import build, program
+from deepmoe_plugin.sparse.program import OPERATIONS, VALUES, PackedWeight, Program
+from deepmoe_plugin.sparse.trace import Convolve, Operation, Pool, Scale, Trace
+
+pytestmark = pytest.mark.skipif(build.library() is None, reason='needs a C++ compiler and the OpenMP library of GNU')
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-def need_tiles(dtype: torch.dtype) -> None:
-    if not tiles.available(dtype):
-        pytest.skip("needs numba, the OpenMP library of GNU and the processor's vectors")
+# ------------------------------------------------------------------------------------------ what it should compute
 
 
-def tiled(weight: Tensor) -> Tensor:
-    """Weights (O, I, kh, kw) as tiles read them."""
-    outputs, inputs = weight.shape[:2]
-    pair = tiles.pair_of(weight.dtype)
-    blocks = -(-outputs // BLOCK)
-    taps = weight.shape[2] * weight.shape[3]
-    full = weight.new_zeros(blocks * BLOCK, inputs, taps)
-    full[:outputs] = weight.flatten(2)
-    return full.view(blocks, BLOCK, inputs // pair, pair, taps).permute(0, 4, 2, 1, 3).contiguous()
+def convolution(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, conv: nn.Conv2d) -> np.ndarray:
+    """Sum over kernel positions of pixels times weights; (B, C, H, W), (O, C, kh, kw), (O,)."""
+    (ph, pw), (sh, sw), (dh, dw) = conv.padding, conv.stride, conv.dilation  # type: ignore[misc]
+    x = np.pad(x, ((0, 0), (0, 0), (ph, ph), (pw, pw)))
+    kh, kw = weight.shape[2:]
+    height, width = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1, (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+    result = np.zeros((len(x), len(weight), height, width)) + bias[:, None, None]
+    for row in range(kh):
+        for column in range(kw):
+            part = x[:, :, row * dh :: sh, column * dw :: sw][:, :, :height, :width]
+            result += np.einsum('bchw,oc->bohw', part, weight[:, :, row, column])
+    return result
 
 
-def gathered(kernel: Any, stored: Tensor, inputs: np.ndarray, outputs: np.ndarray, by_output: bool = False) -> None:
-    """Compare what the gather writes with torch's indexing."""
-    given = stored
-    if by_output:
-        rows = torch.cat([stored.permute(2, 0, 1), stored.new_zeros(1, *stored.shape[:2])])
-        given = rows[:-1]
-    channels = stored.shape[2]
-    bias, gate = torch.randn(channels).to(stored.dtype), torch.rand(3, channels)
-    kept = stored[:, torch.from_numpy(inputs)][:, :, torch.from_numpy(outputs)]
-    num_inputs, num_outputs = kept.shape[1:]
-    expected = tiled(kept.permute(2, 1, 0)[..., None]).flatten()
-    written = torch.full((len(expected) + 1,), 7, dtype=stored.dtype)
-    biases = torch.full((num_outputs + 1,), 7, dtype=stored.dtype)
-    gates = torch.full((3 * num_outputs + 1,), 7.0)
-    masks = torch.from_numpy(inputs), torch.from_numpy(outputs)
-    queue, weight = native.Queue(), TiledWeight(written.data_ptr(), num_outputs, num_inputs, written)
-    kernel(queue, given, bias, gate, *masks, weight, biases, gates)
-    queue.run()
-    assert torch.equal(written[:-1], expected)
-    assert torch.equal(biases[:-1], bias[outputs])
-    assert torch.equal(gates[:-1], gate[:, outputs].flatten())
-    assert written[-1] == biases[-1] == gates[-1] == 7
-    biases.fill_(7)
-    kernel(queue, given, bias, None, *masks, weight, biases, None)
-    queue.run()
-    assert torch.equal(biases[:-1], bias[outputs])
+def pooling(x: np.ndarray, kernel: int, padding: int, stride: int) -> np.ndarray:
+    """The largest value under the kernel."""
+    x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)), constant_values=-np.inf)
+    size = [(length - kernel) // stride + 1 for length in x.shape[2:]]
+    parts = [
+        x[:, :, row::stride, column::stride][:, :, : size[0], : size[1]]
+        for row in range(kernel)
+        for column in range(kernel)
+    ]
+    return np.max(parts, axis=0)
 
 
-def random_weights(taps: int, inputs: int, outputs: int, dtype: torch.dtype) -> Tensor:
-    buffer = torch.randn(taps * inputs * outputs + LANES).to(dtype)
-    return buffer[:-LANES].view(taps, inputs, outputs)
+# ------------------------------------------------------------------------------------------------------- harness
 
 
-@pytest.mark.parametrize('compacts', [True, False], ids=['vectors', 'one by one'])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('channels', [1, 15, 16, 33, 128, 200])
-def test_gather(channels: int, dtype: torch.dtype, compacts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    need_tiles(dtype)
-    if compacts and not gather._has_compaction(tiles.pair_of(dtype)):
-        pytest.skip('needs AVX-512')
-    monkeypatch.setattr(gather, '_has_compaction', lambda pair: compacts)
-    kernel = gather_kernel.__wrapped__(dtype)
-    rng = np.random.default_rng(channels)
-    stored = random_weights(9, 20, channels, dtype)
-    for count in {0, 1, channels // 2, channels}:
-        outputs = rng.permutation(channels) < count
-        inputs = rng.permutation(20) < 2 * rng.integers(1, 11)
-        gathered(kernel, stored, inputs, outputs)
-        if dtype == torch.float32:
-            gathered(kernel, stored, rng.permutation(20) < 7, outputs)
+def run(operations: list[Operation], x: Tensor, gates: list[Tensor], wanted: str) -> np.ndarray:
+    """Run operations on images that the value `x` holds; experts are those with a gate."""
+    trace = Trace(operations, 'x', wanted, {}, {}, {}, None)
+    native = Program(trace, [gate.shape[1] for gate in gates])
+    native.set_limits([1] * len(gates))
+    return native.run(x, gates, [wanted])[0].double().numpy()
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('channels', [1, 15, 64, 130])
-@pytest.mark.parametrize('num_inputs', [32, 96])
-def test_gather_of_all_inputs(num_inputs: int, channels: int, dtype: torch.dtype) -> None:
-    need_tiles(dtype)
-    rng = np.random.default_rng(channels)
-    stored = random_weights(9, num_inputs, channels, dtype)
-    for count in {0, 1, channels // 2, channels}:
-        outputs = rng.permutation(channels) < count
-        gathered(gather_kernel(dtype, True), stored, np.ones(num_inputs, dtype=bool), outputs, by_output=True)
+def random_conv(inputs: int, outputs: int, dtype: torch.dtype, **kwargs: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, **{'kernel_size': 3, 'padding': 1, **kwargs}).to(dtype).requires_grad_(False)
 
 
-@pytest.mark.parametrize('by_output', [False, True])
-def test_gather_in_threads(by_output: bool) -> None:
-    need_tiles(torch.float32)
-    kernel = gather_kernel(torch.float32, by_output)
-    stored = random_weights(9, 64, 64, torch.float32)
-
-    def check(seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        inputs = rng.permutation(64) < (64 if by_output else 40)
-        gathered(kernel, stored, inputs, rng.permutation(64) < 30, by_output)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(check, range(200)))
-
-
-def convolve(conv: nn.Conv2d, x: Tensor, **kwargs: Any) -> Tensor:
-    weight = tiled(conv.weight.detach())
+def arrays(conv: nn.Conv2d) -> tuple[np.ndarray, np.ndarray]:
     assert conv.bias is not None
-    given = TiledWeight(weight.data_ptr(), conv.out_channels, conv.in_channels, weight)
-    geometry = conv.padding, conv.stride, conv.dilation
-    queue = native.Queue()
-    y = tiles.convolve(queue, x, given, conv.bias.detach(), conv.kernel_size, geometry, **kwargs)
-    queue.run()
-    return y
+    return conv.weight.double().numpy(), conv.bias.double().numpy()
+
+
+def gates_of(batch: int, width: int, kept: float, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(batch, width, generator=generator) < kept
+    return chosen * (torch.rand(batch, width, generator=generator) + 0.5)
+
+
+def close(result: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> bool:
+    return bool(np.abs(result - expected).max() <= TOLERANCE[dtype] * max(np.abs(expected).max(), 1e-30))
 
 
 GEOMETRIES = {
-    '1x1': {'kernel_size': 1},
-    '1x1, stride 2': {'kernel_size': 1, 'stride': 2},
+    '1x1': {'kernel_size': 1, 'padding': 0},
+    '1x1, stride 2': {'kernel_size': 1, 'padding': 0, 'stride': 2},
     '1x1, padded': {'kernel_size': 1, 'padding': 1},
-    '3x3': {'kernel_size': 3, 'padding': 1},
-    '3x3, stride 2': {'kernel_size': 3, 'padding': 1, 'stride': 2},
-    '3x3, dilation 4': {'kernel_size': 3, 'padding': 4, 'dilation': 4},
-    '3x3, wide padding': {'kernel_size': 3, 'padding': 5},
+    '3x3': {},
+    '3x3, stride 2': {'stride': 2},
+    '3x3, dilation 4': {'padding': 4, 'dilation': 4},
+    '3x3, wide padding': {'padding': 5},
     '7x1': {'kernel_size': (7, 1), 'padding': (3, 0), 'stride': (1, 3)},
 }
+dtypes = pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(('batch', 'size'), [(1, (3, 1)), (1, (14, 15)), (3, (8, 7)), (1, (4, 230)), (2, (60, 60))])
-@pytest.mark.parametrize(('inputs', 'outputs'), [(16, 1), (34, 75), (64, 256)])
+@dtypes
+@pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7)), (2, (20, 30))])
+@pytest.mark.parametrize('channels', [(3, 20, 1), (34, 75, 40), (20, 130, 65)])
 @pytest.mark.parametrize('geometry', GEOMETRIES)
-def test_tiles(geometry: str, inputs: int, outputs: int, batch: int, size: tuple[int, int], dtype: torch.dtype) -> None:
-    need_tiles(dtype)
+def test_convolutions(
+    geometry: str, channels: tuple[int, int, int], batch: int, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Gated outputs, then gated inputs and outputs, then gated inputs and a residual sum, against NumPy."""
     torch.manual_seed(0)
-    conv: Any = nn.Conv2d(inputs, outputs, **GEOMETRIES[geometry]).to(dtype)
-    if min(size) == 1 and geometry == '7x1':
-        size = size[0], 4
-    x = torch.randn(batch, inputs, *size).to(dtype)
-    weight, bias = conv.weight.double(), conv.bias.double()
-    y = F.conv2d(x.double(), weight, bias, conv.stride, conv.padding, conv.dilation)
-    tolerance = 1e-5 if dtype == torch.float32 else 6e-3
-    result = convolve(conv, x)
-    assert result.dtype == dtype
-    assert result.is_contiguous(memory_format=torch.channels_last)
-    assert relative_error(result.double(), y) < tolerance
-    gate = torch.rand(batch, outputs)
-    expected = y.relu() * gate[:, :, None, None].double()
-    assert relative_error(convolve(conv, x, relu=True, gate=gate).double(), expected) < tolerance
-    stream = torch.randn(y.shape).to(dtype)
-    expected = (y + stream.double()).relu()
-    for memory_format in (torch.channels_last, torch.contiguous_format):
-        given = stream.clone(memory_format=memory_format)
-        assert relative_error(convolve(conv, x, relu=True, add_to=given).double(), expected) < tolerance
+    first = random_conv(channels[0], channels[1], dtype, **GEOMETRIES[geometry])
+    second = random_conv(channels[1], channels[2], dtype, **GEOMETRIES['3x3'])
+    third = random_conv(channels[2], channels[1], dtype, **GEOMETRIES['1x1'])
+    shortcut = random_conv(channels[0], channels[1], dtype, **GEOMETRIES[geometry])
+    gates = [gates_of(batch, channels[1], 0.4, 1), gates_of(batch, channels[2], 0.6, 2)]
+    x = torch.randn(batch, channels[0], *size).to(dtype)
+    operations = [
+        Convolve(['x'], 'shortcut', conv=shortcut),
+        Convolve(['x'], 'a', 0, conv=first, relu=True),
+        Convolve(['a'], 'b', 1, conv=second, relu=True),
+        Convolve(['b'], 'c', conv=third, residual='shortcut', relu=True),
+    ]
+    given = x.double().numpy()
+    a = np.maximum(convolution(given, *arrays(first), first), 0) * gates[0].double().numpy()[:, :, None, None]
+    b = np.maximum(convolution(a, *arrays(second), second), 0) * gates[1].double().numpy()[:, :, None, None]
+    c = convolution(b, *arrays(third), third) + convolution(given, *arrays(shortcut), shortcut)
+    assert close(run(operations, x, gates, 'a'), a, dtype)
+    assert close(run(operations, x, gates, 'b'), b, dtype)
+    assert close(run(operations, x, gates, 'c'), np.maximum(c, 0), dtype)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('threads', [1, 3])
-def test_tiles_on_any_number_of_threads(threads: int) -> None:
-    need_tiles(torch.float32)
-    conv, x = nn.Conv2d(32, 100, 3, padding=1), torch.randn(1, 32, 20, 20)
-    expected = convolve(conv, x)
+@dtypes
+@pytest.mark.parametrize('window', [(3, 1, 2), (2, 0, 2), (1, 0, 2)])
+def test_pooling_scaling_and_widening(window: tuple[int, int, int], dtype: torch.dtype) -> None:
+    kernel, padding, stride = window
+    conv, gates = random_conv(5, 37, dtype), [gates_of(3, 37, 0.5, 1)]
+    x = torch.randn(3, 5, 9, 12).to(dtype)
+    pair = tuple((number, number) for number in (kernel, padding, stride, 1))
+    operations = [
+        Convolve(['x'], 'a', 0, conv=conv),
+        Scale(['a'], 'b', 0),
+        Pool(['b'], 'c', 0, window=pair),
+        Pool(['x'], 'd', window=pair, extra_channels=4),
+    ]
+    given, gate = x.double().numpy(), gates[0].double().numpy()[:, :, None, None]
+    a = convolution(given, *arrays(conv), conv)
+    assert close(run(operations, x, gates, 'b'), a * gate, dtype)
+    assert close(run(operations, x, gates, 'c'), pooling(a * gate, *window), dtype)
+    d = np.pad(pooling(given, *window), ((0, 0), (0, 4), (0, 0), (0, 0)))
+    assert close(run(operations, x, gates, 'd'), d, dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('threads', [1, 2, 3])
+@pytest.mark.parametrize('batch', [1, 2, 13])
+def test_any_number_of_threads(batch: int, threads: int) -> None:
+    model = network('bottleneck_a')
+    with_gates(model, random_gates(model, batch, 0.4))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(convolve(conv, x), expected)
+        assert_exact(model, images(batch, 40))
     finally:
         torch.set_num_threads(before)
 
 
 @torch.no_grad()
-def test_tiles_let_nan_through() -> None:
-    need_tiles(torch.float32)
-    for dtype in filter(tiles.available, (torch.float32, torch.bfloat16)):
-        x = torch.randn(1, 16, 2, 2).to(dtype)
-        x[0, 3, 0, 1] = torch.nan
-        y = convolve(nn.Conv2d(16, 70, 1).to(dtype), x, relu=True)
-        assert y.isnan().any(1).tolist() == [[[False, True], [False, False]]]
-        assert y[0, :, 0, 1].isnan().all()
+def test_many_callers() -> None:
+    """Each thread has memory of its own, also while shapes change."""
+    model = network('bottleneck_a')
+    sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 1, 0.4)))
+    inputs = [images(1, 40 + seed % 3, seed=seed) for seed in range(12)]
+    expected = [model(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(sparse, inputs * 4))
+    for result, reference in zip(results, expected * 4, strict=True):
+        assert relative_error(result, reference) < 1e-5
 
 
 @torch.no_grad()
-def test_tiles_refuse_what_they_would_read_beyond() -> None:
-    need_tiles(torch.float32)
-    conv = nn.Conv2d(16, 16, 3)
-    for shape in ((1, 8, 9, 9), (1, 16, 2, 9)):
-        with pytest.raises(ValueError, match='3x3 convolution of 16 channels cannot run on'):
-            convolve(conv, torch.randn(shape))
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_tiles_are_available(dtype: torch.dtype) -> None:
-    """Where this fails, sparse execution is right but slow: torch may have renamed its products."""
-    if native.openmp() is None or not native.features() >= tiles._NEEDS[dtype]:
-        pytest.skip("needs numba, the OpenMP library of GNU and the processor's vectors")
-    assert tiles.available(dtype)
-
-
-@pytest.mark.parametrize('limit', ['AVX2', 'avx512_core'])
-def test_limited_processors_have_no_products_in_bfloat16(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN would end the process."""
-    monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', limit)
-    assert not tiles.available.__wrapped__(torch.bfloat16)
-    assert tiles.available.__wrapped__(torch.float32) == tiles.available(torch.float32)
+@pytest.mark.parametrize('strides', ['channels last', 'sliced', 'expanded'])
+def test_images_in_any_memory(strides: str) -> None:
+    model = network('cifar')
+    with_gates(model, random_gates(model, 2, 0.4))
+    x = {
+        'channels last': images(2).contiguous(memory_format=torch.channels_last),
+        'sliced': images(4, 40)[::2, :, 3:35, ::1],
+        'expanded': images(1).expand(2, 3, 32, 32),
+    }[strides]
+    assert_exact(model, x)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('reason', ['odd inputs', 'oneDNN off'])
-def test_bfloat16_without_products(reason: str) -> None:
-    conv = nn.Conv2d(33 if reason == 'odd inputs' else 34, 40, 3, padding=1).bfloat16()
-    sparse = GatherConv(conv, None, WeightCache(0))
-    x = torch.randn(2, conv.in_channels, 6, 6).bfloat16()
-    with torch.backends.mkldnn.flags(enabled=reason == 'odd inputs'):  # type: ignore[no-untyped-call]
-        assert relative_error(sparse(x).float(), conv(x).float()) < 1e-2
+def test_empty_batch() -> None:
+    model = network('cifar')
+    assert deepmoe_plugin.sparsify(model)(images(2)[:0]).shape == (0, 10)
+
+
+@torch.no_grad()
+@dtypes
+def test_nan_goes_through(dtype: torch.dtype) -> None:
+    conv = random_conv(16, 70, dtype, **GEOMETRIES['1x1'])
+    x = torch.randn(1, 16, 2, 2).to(dtype)
+    x[0, 3, 0, 1] = torch.nan
+    y = run([Convolve(['x'], 'y', conv=conv, relu=True)], x, [], 'y')
+    assert np.isnan(y).any(1).tolist() == [[[False, True], [False, False]]]
+    assert np.isnan(y[0, :, 0, 1]).all()
 
 
 @torch.no_grad()
 def test_bfloat16_is_rounded_to_the_nearest() -> None:
-    need_tiles(torch.bfloat16)
-    conv = nn.Conv2d(64, 64, 1).bfloat16()
+    conv = random_conv(64, 64, torch.bfloat16, **GEOMETRIES['1x1'])
     conv.weight.copy_(torch.eye(64)[:, :, None, None])
     x = torch.randn(1, 64, 20, 20).bfloat16()
-    assert torch.equal(convolve(conv, x), (x.float() + conv.bias.float()[:, None, None]).bfloat16())
+    y = run([Convolve(['x'], 'y', conv=conv)], x, [], 'y')
+    assert conv.bias is not None
+    assert np.array_equal(y, (x.float() + conv.bias.float()[:, None, None]).bfloat16().double().numpy())
 
 
-@torch.no_grad()
-def test_cache_has_no_weights_that_are_yet_to_be_gathered() -> None:
-    """Another thread would compute with what happens to be in their memory."""
-    need_tiles(torch.float32)
-    cache = WeightCache(2**20)
-    sparse = GatherConv(nn.Conv2d(32, 64, 3, padding=1), None, cache)
-    x, writes = torch.randn(1, 32, 4, 4), Kept(np.arange(64) % 2 == 0, torch.device('cpu'))
-    expected = sparse(x, writes=writes)
-    queue = native.Queue()
-    y = sparse(x, writes=writes, queue=queue)
-    assert not cache.size
-    queue.run()
-    assert cache.size
-    assert torch.equal(y, expected)
-    assert torch.equal(sparse(x, writes=writes), expected)
+def test_too_small_an_image_is_refused() -> None:
+    with pytest.raises(ValueError, match='3x3 kernel cannot run on 2x9 pixels'):
+        run(
+            [Convolve(['x'], 'y', conv=random_conv(16, 16, torch.float32, padding=0))],
+            torch.randn(1, 16, 2, 9),
+            [],
+            'y',
+        )
 
 
-@torch.no_grad()
-def test_what_does_not_run_in_tiles_waits_for_what_does() -> None:
-    need_tiles(torch.float32)
-    first, second = nn.Conv2d(32, 8, 1), nn.Conv2d(8, 4, 1)
-    queue, x = native.Queue(), torch.randn(1, 32, 60, 60)
-    y = GatherConv(first, None, WeightCache(0))(x, queue=queue)
-    y.fill_(torch.nan)
-    assert relative_error(GatherConv(second, None, WeightCache(0))(y, queue=queue), second(first(x))) < 1e-5
+def test_records_have_the_size_that_native_code_reads() -> None:
+    sizes = [build.library().deepmoe_size(i) for i in range(7)]
+    assert sizes == [
+        VALUES.itemsize,
+        OPERATIONS.itemsize,
+        program.PARTS.itemsize,
+        program.GROUPS.itemsize,
+        program.HEADER_BYTES,
+        program.KEPT_BYTES,
+        program.MOVE_BYTES,
+    ]
 
 
-@torch.no_grad()
-def test_workspace_is_as_large_as_the_largest_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    need_tiles(torch.float32)
-    workspace = native.Workspace()
-    monkeypatch.setattr(sparse_conv, '_weights', workspace)
-    model = network('bottleneck_a')
-    sparse = deepmoe_plugin.sparsify(model, cache_mb=0)
-    for seed in range(10):
-        with_gates(model, random_gates(model, 1, 0.2 + 0.06 * seed, seed))
-        assert_exact(model, images(1, 40), sparse)
-    largest = max(conv.stored.nbytes for block in sparse.view().modules() for conv in getattr(block, 'convs', ()))
-    assert 0 < workspace.memory.nbytes <= largest
+def test_packed_weights_lie_as_native_code_reads_them() -> None:
+    conv = random_conv(18, 70, torch.float32)
+    packed = PackedWeight(Convolve(['a'], 'b', conv=conv), of_images=False).blocks.view(2, 9, 18, 64)
+    for output in (0, 63, 64, 69):
+        expected = conv.weight[output].flatten(1).t()
+        assert torch.equal(packed[output // 64, :, :, output % 64], expected)
+    assert not packed[1, :, :, 6:].any()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize('reads_all', [False, True])
-@pytest.mark.parametrize('channels', [48, 64])
-@pytest.mark.parametrize('size', [5, 8, 20])
-@pytest.mark.parametrize('geometry', [(1, 1, 0, 1), (1, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2)])
-def test_one_convolution(geometry: tuple[int, int, int, int], size: int, channels: int, reads_all: bool) -> None:
-    kernel, stride, padding, dilation = geometry
-    conv = nn.Conv2d(channels, 40, kernel, stride, padding, dilation)
-    sparse = GatherConv(conv, None, WeightCache(0), reads_all)
-    x = torch.randn(2, channels, size, size)
-    chosen_in, chosen_out = np.arange(channels) % 3 == 0, np.arange(40) % 5 < 2
-    for reads in (None, Kept(chosen_in, x.device)):
-        for writes in (None, Kept(chosen_out, x.device)):
-            masked = x if reads is None else x * torch.from_numpy(chosen_in)[:, None, None]
-            kept = slice(None) if writes is None else chosen_out
-            expected = conv(masked)[:, kept]
-            given = x if reads is None else x[:, chosen_in]
-            gate = torch.rand(2, 40)
-            assert relative_error(sparse(given, reads, writes), expected) < 1e-5
-            for batch in (1, 2):
-                result = sparse(given[:batch], reads, writes, gate[:batch], relu=True)
-                reference = expected[:batch].relu() * gate[:batch, kept, None, None]
-                assert relative_error(result, reference) < 1e-5
-            stream = torch.randn_like(expected).contiguous(memory_format=torch.channels_last)
-            reference = (stream + expected).relu()
-            assert relative_error(sparse(given, reads, writes, relu=True, add_to=stream), reference) < 1e-5
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(build, 'compiler', lambda: None)
+    with caplog.at_level(logging.WARNING):
+        assert build.library.__wrapped__() is None
+    assert 'no C++ compiler' in caplog.text
+    monkeypatch.setattr(build, 'compiler', lambda: '/bin/false')
+    assert build.library.__wrapped__() is None
+    assert 'does not build it' in caplog.text
+
+
+def test_schedules_do_not_pile_up() -> None:
+    model = network('cifar')
+    sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 1, 0.4)))
+    for size in range(32, 52):
+        sparse(images(1, size))
+    assert len(sparse.executor.native()._schedules) == program.MAX_SCHEDULES

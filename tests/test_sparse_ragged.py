@@ -23,9 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deepmoe_plugin
 from deepmoe_plugin.sparse import plan, ragged
 from deepmoe_plugin.sparse.conv import GatherConv, WeightCache
-from deepmoe_plugin.sparse.engine import segments, sparse_resnet, sparse_vgg
+from deepmoe_plugin.sparse.engine import Settings, sparse_view
 from deepmoe_plugin.sparse.plan import Reader, Segment
 from deepmoe_plugin.sparse.ragged import RaggedBatch, RaggedKept
+from deepmoe_plugin.sparse.trace import trace
 
 pytestmark = pytest.mark.usefixtures('always_sparse')
 
@@ -50,6 +51,7 @@ def kernels(interpreted: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """Run ragged batches in the interpreter."""
     monkeypatch.setattr(ragged, 'kernels', lambda: interpreted)
     monkeypatch.setattr(ragged, 'available', lambda x: len(x) > 1)
+    monkeypatch.setattr('deepmoe_plugin.sparse.program.available', lambda x: False)
     monkeypatch.setattr(ragged, 'TILES', ({'BLOCK_M': 256, 'BLOCK_N': 64},))
     monkeypatch.setattr(ragged, '_fastest', {})
 
@@ -247,10 +249,11 @@ def test_calibration(is_faster: bool, kernels: Any, calls: list[GatherConv], mon
     sparse = deepmoe_plugin.sparsify(model, calibrate=images(2, 16))
     assert [True, False] in ran_ragged
     assert not any(current for _, current in ran_ragged)
-    assert sparse.ragged_limits == pytest.approx({0: 0.3 if is_faster else 0}, abs=1e-5)
-    assert copy.deepcopy(sparse).ragged_limits == sparse.ragged_limits
+    assert sparse.settings.ragged_limit == pytest.approx(0.3 if is_faster else 0, abs=1e-5)
+    assert copy.deepcopy(sparse).settings.ragged_limit == sparse.settings.ragged_limit
     model.gating = FixedGates(random_gates(model, 2, 0.25))
-    sparse.masked = False
+    sparse.settings.masked = False
+    sparse.refresh()
     calls.clear()
     assert_exact(model, images(2, 16), sparse)
     assert bool(calls) is is_faster
@@ -316,11 +319,11 @@ def test_host_waits_once(structure: str, batch: int, is_ragged: bool, monkeypatc
     monkeypatch.setattr(ragged, 'TILES', ragged.TILES[:1])
     monkeypatch.setattr(ragged, 'available', lambda x: is_ragged)
     monkeypatch.setattr(plan, 'MIN_REUSE', 0)
-    build = sparse_vgg if structure == 'vgg' else sparse_resnet
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = small(structure, device='cuda', **shape).eval()
-            view = build(with_gates(model, [gate.to('cuda') for gate in gates]), WeightCache(0))
+            model = with_gates(model, [gate.to('cuda') for gate in gates])
+            view, executor = sparse_view(model, trace(model), Settings(), WeightCache(0))
             x = torch.empty(batch, 3, 32, 32, device='cuda')
             view(x)
             with Copies() as copies:
@@ -329,7 +332,7 @@ def test_host_waits_once(structure: str, batch: int, is_ragged: bool, monkeypatc
         ragged._layout.cache_clear()
     found = copies.found
     assert found.pop(0) == ('cpu', True)
-    groups_sent = len(segments(view)) if batch > 1 else 1
+    groups_sent = len(executor.by_torch().segments()) if batch > 1 else 1
     assert found == [] if is_ragged else found == [('cuda', False)] * groups_sent
 
 

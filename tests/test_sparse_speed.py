@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import deepmoe_plugin
 from deepmoe_plugin.experts import expert_widths
-from deepmoe_plugin.sparse import tiles
+from deepmoe_plugin.sparse import build
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -68,7 +68,7 @@ def test_never_slower_without_calibration(name: str, batch: int, kept: float) ->
 
 @torch.no_grad()
 def test_half_of_the_experts_take_clearly_less_time() -> None:
-    if not tiles.available(torch.float32):
-        pytest.skip('needs numba and the OpenMP library of GNU')
+    if build.library() is None:
+        pytest.skip('needs a C++ compiler and the OpenMP library of GNU')
     model, gates = with_random_gates('wide_deepmoe_resnet50', 0.5, 1, 224)
     assert ratio(model, deepmoe_plugin.sparsify(model, cache_mb=0), gates, 15) > 2

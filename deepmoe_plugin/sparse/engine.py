@@ -1,4 +1,4 @@
-"""The sparse network: a view of the original whose expert layers run on compact weights."""
+"""The sparse network: a view of the original whose expert layers run on kept experts only."""
 
 import functools
 import threading
@@ -8,267 +8,116 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.models._features import feature_take_indices
-from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from ..activation import GatedActivation
 from ..experts import GatedNetwork, expert_widths
 from ..foreign import check_network
 from ..gating import GatingNetwork
 from ..plain import is_plain
-from . import ragged
-from .conv import FoldedSequence, GatherConv, WeightCache
-from .fold import eval_view, fingerprint, flatten
-from .native import Queue
-from .plan import Group, Kept, Plan, Reader, Segment
-from .ragged import RaggedKept
+from . import program
+from .conv import WeightCache
+from .fold import eval_view, fingerprint
+from .interpret import Interpreter
+from .plan import LIMIT
+from .trace import Trace, trace
 
 SMALL_WORK = 8e6
-"""Products of a convolution, for each image and thread, below which a batch takes less time masked: what surrounds a
-convolution, about 0.1 ms for each image, then outweighs what is skipped."""
+"""Products of a convolution, for each image and thread, below which a batch takes less time masked where torch runs the
+convolutions: what surrounds one, about 0.1 ms for each image, then outweighs what is skipped."""
 
 
-class PlannedGating(nn.Module):
-    """Takes the place of the gating network: maps images to the plan for them.
-
-    The gates are computed as the network computes them, to the last bit, so that both keep the same experts.
+class Settings:
+    """What calibration finds.
 
     Attributes:
-        segments: those of the network, to be set once it stands.
+        limits: gated layer to the largest kept fraction for which it runs on compact weights.
+        ragged_limit: the largest kept fraction for which batches run ragged on a GPU.
+        masked: run the masked network instead; None: where convolutions run by torch, batches of small ones run masked.
     """
 
-    def __init__(self, gating: nn.Module) -> None:
-        super().__init__()
-        self.gating = eval_view(gating) if isinstance(gating, GatingNetwork) else gating
-        self.segments: list[Segment] = []
-
-    def forward(self, x: Tensor) -> Plan:
-        return Plan(self.gating(x), self.segments, ragged.available(x))
+    def __init__(self) -> None:
+        self.limits: dict[int, float] = {}
+        self.ragged_limit: float | None = None
+        self.masked: bool | None = None
 
 
-class SparseBlock(nn.Module):
-    """A residual block of timm on kept experts: residual stream and shortcut dense, the rest compact.
+class Executor:
+    """Takes the place of a network's features: runs its trace on kept experts only.
 
     Args:
-        block: `BasicBlock` or `Bottleneck`, its activations gated where `gated` says so.
-        first: index of the block's first gated layer.
-        gated: for each convolution but the last, whether its output is gated.
-        keeps_input: the block's input is also read by others, so that it must not be overwritten.
+        view: of the network, in evaluation mode.
+        found: its trace, on this view.
+        settings: of calibration.
         cache: holds gathered weights.
     """
 
-    def __init__(self, block: Any, first: int, gated: Sequence[bool], keeps_input: bool, cache: WeightCache) -> None:
-        super().__init__()
-        count = len(gated) + 1
-        convs = [getattr(block, f'conv{i}') for i in range(1, count + 1)]
-        self.convs = [GatherConv(conv, getattr(block, f'bn{i}'), cache, i == 1) for i, conv in enumerate(convs, 1)]
-        self.acts = [_activation(getattr(block, f'act{i}')) for i in range(1, count + 1)]
-        self.blur = None if isinstance(block.aa, nn.Identity) else block.aa
-        self.attention: nn.Module | None = block.se
-        self.shortcut = None
-        if block.downsample is not None:
-            self.shortcut = FoldedSequence(list(flatten([block.downsample])), cache)
-        self.keeps_input = keeps_input
-        self.reads: list[int | None] = [None]
-        self.writes: list[int | None] = []
-        for is_gated in gated:
-            self.writes.append(sum(gated[: len(self.writes)]) if is_gated else None)
-            self.reads.append(self.writes[-1])
-        self.writes.append(None)
-        if getattr(self.blur, 'channels', None) is not None:
-            raise ValueError(f'Sparse execution needs an aa_layer for any number of channels, got {self.blur}.')
-        self.segment = Segment(first, [conv.out_channels for conv, g in zip(convs, gated, strict=False) if g], [])
-        scale = 1.0
-        for conv, reads, writes in zip(convs, self.reads, self.writes, strict=True):
-            scale /= conv.stride[0] * conv.stride[1]
-            self.segment.readers.append(Reader(conv.weight.numel(), scale, reads, writes))
+    def __init__(self, view: Any, found: Trace, settings: Settings, cache: WeightCache) -> None:
+        self.view, self.trace, self.settings, self.cache = view, found, settings, cache
+        self.widths = expert_widths(view, view.expert_layers)
+        self._lock = threading.Lock()
+        self._program: program.Program | None = None
+        self._interpreter: Interpreter | None = None
 
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        """Map the residual stream (B, C, H, W) to the next; may overwrite its input."""
-        if self.shortcut is not None:
-            stream = self.shortcut(x)
-        else:
-            stream = x.clone() if self.keeps_input else x
-        groups = plan.groups(self.segment, x.shape[2] * x.shape[3])
-        if len(groups) == 1:
-            return self._run(x, groups, stream)[0]
-        # Convolution by convolution, so that groups in turn find the weights in the cache, or group by group, so that
-        # convolutions in turn find the activations there: whichever is larger.
-        weights = sum(reader.weights for reader in self.segment.readers)
-        batches = [groups] if weights > x.numel() else [[group] for group in groups]
-        for batch in batches:
-            for group, result in zip(batch, self._run(x, batch, stream), strict=True):
-                part = group.part
-                if not isinstance(part, slice) or result.data_ptr() != stream[part].data_ptr():
-                    stream[part] = result
-        return stream
+    def run(self, x: Tensor, wanted: Sequence[str]) -> list[Tensor]:
+        """The wanted values of the trace, for images (B, C, H, W); gates are those of the network, to the last bit."""
+        return self.run_gated(x, self.view.gating(x), wanted)
 
-    def _run(self, x: Tensor, groups: Sequence[Group], stream: Tensor) -> list[Tensor]:
-        """The next residual stream of each group, computed convolution by convolution."""
-        queue = Queue()
-        inputs = [x[group.part] for group in groups]
-        for i, (conv, act) in enumerate(zip(self.convs[:-1], self.acts, strict=False)):
-            inputs = [
-                _layer(conv, act, part, group, self.reads[i], self.writes[i], queue)
-                for part, group in zip(inputs, groups, strict=True)
-            ]
-            if self.blur is not None and i == len(self.convs) - 2:
-                queue.run()
-                inputs = [self.blur(part) for part in inputs]
-        results = [
-            self._close(inner, group, stream[group.part], queue) for inner, group in zip(inputs, groups, strict=True)
-        ]
-        queue.run()
-        return results
+    def run_gated(self, x: Tensor, gates: Sequence[Tensor], wanted: Sequence[str]) -> list[Tensor]:
+        """The same with given gates, each (B, C_l)."""
+        if program.available(x) and x.dtype == next(self.view.parameters()).dtype:
+            return self.native().run(x, gates, wanted)
+        return self.by_torch().run(x, gates, wanted)
 
-    def _close(self, x: Tensor, group: Group, stream: Tensor, queue: Queue) -> Tensor:
-        """The last convolution, added to the residual stream."""
-        last = self.reads[-1]
-        kept = None if last is None else group.kept[last]
-        if self.attention is None and self.acts[-1] is None:
-            return self.convs[-1](x, kept, add_to=stream, relu=True, queue=queue)
-        x = self.convs[-1](x, kept, queue=queue)
-        queue.run()
-        if self.attention is not None:
-            x = self.attention(x)
-        x = stream.add_(x)
-        return x.relu_() if self.acts[-1] is None else self.acts[-1](x)
+    def native(self) -> program.Program:
+        """The native program, made at the first call."""
+        with self._lock:
+            if self._program is None:
+                self._program = program.Program(self.trace, self.widths)
+                self._apply()
+            return self._program
 
+    def by_torch(self) -> Interpreter:
+        """What runs by torch, made at the first call."""
+        with self._lock:
+            if self._interpreter is None:
+                self._interpreter = Interpreter(self.trace, self.widths, self.cache)
+                self._apply()
+            return self._interpreter
 
-def _activation(act: nn.Module) -> nn.Module | None:
-    """The activation under a gate; None for ReLU, which is fused."""
-    act = act.act if isinstance(act, GatedActivation) else act
-    return None if is_plain(act, nn.ReLU) else act
+    def apply(self) -> None:
+        """Run as the settings say from now on."""
+        with self._lock:
+            self._apply()
 
+    def _apply(self) -> None:
+        limits = [self.settings.limits.get(layer, LIMIT) for layer in range(len(self.widths))]
+        if self._program is not None:
+            self._program.set_limits(limits)
+        if self._interpreter is not None:
+            self._interpreter.set_limits(limits, self.settings.ragged_limit)
 
-def _layer(
-    conv: GatherConv,
-    act: nn.Module | None,
-    x: Tensor,
-    group: Group,
-    reads: int | None,
-    writes: int | None,
-    queue: Queue,
-) -> Tensor:
-    """Convolution, norm, activation and gate of one layer: there when the queue has run."""
-    kept_in = None if reads is None else group.kept[reads]
-    kept_out = None if writes is None else group.kept[writes]
-    gate = None if writes is None else group.gates[writes]
-    if act is None:
-        return conv(x, kept_in, kept_out, gate, relu=True, queue=queue)
-    x = conv(x, kept_in, kept_out, queue=queue)
-    queue.run()
-    x = act(x)
-    if gate is None:
-        return x
-    if isinstance(kept_out, Kept):
-        gate = gate.index_select(1, kept_out.index)
-    return x * gate.to(x.dtype)[:, :, None, None]
+    def forward_features(self, x: Tensor) -> Tensor:
+        """See the network."""
+        return self.run(x, [self.trace.result])[0]
 
-
-def sparse_resnet(network: Any, cache: WeightCache) -> Any:
-    """A view of a gated ResNet that runs on kept experts; its methods are the network's own.
-
-    Raises:
-        ValueError: the network has parts that cannot run so.
-    """
-    view = eval_view(network)
-    view.gating = PlannedGating(network.gating)
-    view.conv1 = FoldedSequence(list(flatten([network.conv1, network.bn1, network.act1])), cache)
-    view.bn1 = view.act1 = nn.Identity()
-    view.maxpool = FoldedSequence(list(flatten([network.maxpool])), cache)
-    gated_convs = [layer.conv for layer in network.expert_layers]
-    first = 0
-    for stage_name, stage in network.named_children():
-        for i, (block_name, block) in enumerate(stage.named_children() if stage_name.startswith('layer') else ()):
-            if not isinstance(block, BasicBlock | Bottleneck):
-                raise ValueError(f'Sparse execution does not know blocks of type {type(block).__name__}.')
-            path = f'{stage_name}.{block_name}'
-            inner = ('conv1',) if isinstance(block, BasicBlock) else ('conv1', 'conv2')
-            gated = [f'{path}.{name}' in gated_convs for name in inner]
-            sparse = SparseBlock(view.get_submodule(path), first, gated, keeps_input=i == 0, cache=cache)
-            view.set_submodule(path, sparse)
-            first += sum(gated)
-    view.gating.segments = segments(view)
-    return view
-
-
-class SparseFeatures(nn.Module):
-    """The convolution stack of a gated VGG on kept experts.
-
-    Args:
-        network: gated VGG.
-        cache: holds gathered weights.
-    """
-
-    def __init__(self, network: Any, cache: WeightCache) -> None:
-        super().__init__()
-        convs = {layer.conv: i for i, layer in enumerate(network.expert_layers)}
-        gated = {layer.act for layer in network.expert_layers}
-        norms = {layer.norm for layer in network.expert_layers}
-        widths = expert_widths(network, network.expert_layers)
-        self.segment = Segment(0, widths, [])
-        self.steps: list[tuple[int, Any, Any]] = []
-        scale = 1.0
-        for index, (name, module) in enumerate(network.features.named_children()):
-            path = f'features.{name}'
-            if path in convs:
-                layer = network.expert_layers[convs[path]]
-                norm = network.get_submodule(layer.norm) if layer.norm else None
-                act = _activation(network.get_submodule(layer.act))
-                self.steps.append((index, GatherConv(module, norm, cache), act))
-                reads = convs[path] - 1 if convs[path] else None
-                self.segment.readers.append(Reader(module.weight.numel(), scale, reads, convs[path]))
-            elif path in gated:
-                self.steps[-1] = (index, *self.steps[-1][1:])
-            elif path not in norms:
-                self.steps.append((index, module, None))
-                scale /= 4
-        self.widths = widths
-
-    def forward(self, x: Tensor, plan: Plan) -> Tensor:
-        """Map images (B, C, H, W) to features, all channels."""
-        return self.run(x, plan, ())[0]
-
-    def run(self, x: Tensor, plan: Plan, taps: Sequence[int], stop: int | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Features after the last module (or module `stop`) and after each module in `taps`, all channels."""
-        groups = plan.groups(self.segment, x.shape[2] * x.shape[3])
-        if len(groups) == 1:
-            return self._run(x, groups[0], taps, stop)
-        results = [self._run(x[group.where], group, taps, stop) for group in groups]
-        order = torch.cat([group.where for group in groups]).argsort()
-        merge: Callable[..., Tensor] = lambda *parts: torch.cat(parts).index_select(0, order)  # noqa: E731
-        outputs, tapped = zip(*results, strict=True)
-        return merge(*outputs), [merge(*parts) for parts in zip(*tapped, strict=True)]
-
-    def _run(self, x: Tensor, group: Group, taps: Sequence[int], stop: int | None) -> tuple[Tensor, list[Tensor]]:
-        layer = -1
-        tapped = []
-        queue = Queue()
-        for index, step, act in self.steps:
-            if stop is not None and index > stop:
-                break
-            if isinstance(step, GatherConv):
-                x = _layer(step, act, x, group, layer if layer >= 0 else None, layer + 1, queue)
-                layer += 1
-            else:
-                queue.run()
-                x = step(x)
-            if index in taps:
-                queue.run()
-                tapped.append(_widened(x, group.kept[layer], self.widths[layer]))
-        queue.run()
-        return _widened(x, group.kept[layer], self.widths[layer]), tapped
-
-
-def _widened(x: Tensor, kept: Kept | RaggedKept | None, width: int) -> Tensor:
-    """All channels of compact features: those not computed are zero."""
-    if kept is None:
-        return x
-    if isinstance(kept, RaggedKept):
-        return kept.widened(x, width)
-    out = x.new_zeros(x.shape[0], width, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
-    return out.index_copy_(1, kept.index, x)
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """See the network."""
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
+        info = self.view.feature_info
+        take_indices, last = feature_take_indices(len(info), indices)
+        taps = [self.trace.taps[info[i]['module']] for i in take_indices]
+        result = self.trace.taps[info[last]['module']] if stop_early else self.trace.result
+        *tapped, features = self.run(x, [*taps, taps[-1] if intermediates_only else result])
+        return tapped if intermediates_only else (features, tapped)
 
 
 class InputSparseConv(nn.Module):
@@ -299,38 +148,21 @@ class InputSparseConv(nn.Module):
         return sums.sum(0)
 
 
-def sparse_vgg(network: Any, cache: WeightCache) -> Any:
-    """A view of a gated VGG that runs on kept experts; its methods are the network's own but for the features.
-
-    Raises:
-        ValueError: the network has parts that cannot run so.
-    """
-    view = eval_view(network)
-    view.gating = PlannedGating(network.gating)
-    features = view.features = SparseFeatures(network, cache)
-    view.gating.segments = segments(view)
-    if any(layer.consumer == 'pre_logits.fc1' for layer in network.expert_layers):
-        conv = network.pre_logits.fc1
-        if is_plain(conv, nn.Conv2d) and conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
-            view.pre_logits.fc1 = InputSparseConv(conv)
-
-    def forward_intermediates(
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}.")
-        take_indices, last = feature_take_indices(len(network.feature_ends), indices)
-        taps = [network.feature_ends[i] for i in take_indices]
-        x, tapped = features.run(x, view.gating(x), taps, network.feature_ends[last] if stop_early else None)
-        return tapped if intermediates_only else (x, tapped)
-
-    view.forward_intermediates = forward_intermediates
-    return view
+def sparse_view(network: Any, found: Trace, settings: Settings, cache: WeightCache) -> tuple[Any, Executor]:
+    """A view of a gated network that runs on kept experts, and what runs its features."""
+    view: Any = eval_view(network)
+    if not isinstance(network.gating, GatingNetwork):
+        view.gating = network.gating
+    executor = Executor(view, found.on(view), settings, cache)
+    view.forward_features = executor.forward_features
+    view.forward_intermediates = executor.forward_intermediates
+    present = dict(network.named_modules())
+    for layer in network.expert_layers:
+        conv: Any = present.get(layer.consumer)
+        outside = not any(getattr(op, 'conv', None) is conv for op in found.operations)
+        if outside and is_plain(conv, nn.Conv2d) and conv.weight.device.type == 'cpu' and conv.padding == (0, 0):
+            view.set_submodule(layer.consumer, InputSparseConv(conv))
+    return view, executor
 
 
 class _Views(NamedTuple):
@@ -338,12 +170,14 @@ class _Views(NamedTuple):
 
     Attributes:
         sparse, masked: the views.
+        executor: of the sparse view; None if it is the masked one.
         unchanged: whether the network is as it was.
         is_small: see `_is_small`.
     """
 
     sparse: Any
     masked: Any
+    executor: Executor | None
     unchanged: Callable[[], bool]
     is_small: Callable[[tuple[int, int], int], bool]
 
@@ -362,20 +196,15 @@ class SparseNetwork(nn.Module):
         cache_mb: MiB of gathered weights kept for gates that come again.
 
     Attributes:
-        limits: gated layer to the largest kept fraction for which it runs on compact weights; by calibration.
-        ragged_limits: first gated layer of a segment to the largest kept fraction for which a batch runs ragged on it;
-            by calibration.
-        masked: run the masked network instead: found faster or slower by calibration; without it (None), batches run
-            masked whose convolutions are too small.
+        settings: what calibration found; `refresh` after changing them.
     """
 
     def __init__(self, network: GatedNetwork, cache_mb: float = 128) -> None:
         super().__init__()
         self.network = network
         self.cache_mb = cache_mb
-        self.limits: dict[int, float] = {}
-        self.ragged_limits: dict[int, float] = {}
-        self.masked: bool | None = None
+        self.settings = Settings()
+        self._trace: tuple[str, Trace] | None = None
         self._lock = threading.Lock()
         self._current: _Views | None = None
         self.training = False
@@ -408,7 +237,13 @@ class SparseNetwork(nn.Module):
     def _view_for(self, x: Tensor) -> Any:
         """The view that takes least time for these images."""
         views = self._views()
-        decides = self.masked is None and x.ndim == 4 and len(x) > 1 and x.device.type == 'cpu'
+        decides = (
+            self.settings.masked is None
+            and not program.available(x)
+            and x.ndim == 4
+            and len(x) > 1
+            and x.device.type == 'cpu'
+        )
         return (
             views.masked
             if decides and views.is_small((x.shape[2], x.shape[3]), torch.get_num_threads())
@@ -420,19 +255,23 @@ class SparseNetwork(nn.Module):
         """Read the network's weights anew."""
         unchanged = fingerprint(self.network)
         masked: Any = eval_view(self.network)
-        if self.masked:
-            self._current = _Views(masked, masked, unchanged, lambda size, threads: True)
+        if self.settings.masked:
+            self._current = _Views(masked, masked, None, unchanged, lambda size, threads: True)
             return
         check_network(self.network, 'Sparse execution', 'run the model without sparsify')
+        structure = str(self.network)
+        if self._trace is None or self._trace[0] != structure:
+            # Only now: while torch.fx traces, no other thread of the process can call any module.
+            self._trace = structure, trace(self.network)
         cache = WeightCache(int(self.cache_mb * 2**20))
-        build = sparse_vgg if hasattr(self.network, 'features') else sparse_resnet
-        view = build(self.network, cache)
-        for segment in segments(view):
-            segment.ragged_limit = self.ragged_limits.get(segment.first, segment.ragged_limit)
-            for layer in range(len(segment.widths)):
-                segment.limits[layer] = self.limits.get(segment.first + layer, segment.limits[layer])
+        view, executor = sparse_view(self.network, self._trace[1], self.settings, cache)
         is_small = functools.cache(functools.partial(_is_small, self.network))
-        self._current = _Views(view, masked, unchanged, is_small)
+        self._current = _Views(view, masked, executor, unchanged, is_small)
+
+    @property
+    def executor(self) -> Executor | None:
+        """What runs the features; None if the masked network runs."""
+        return self._views().executor
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -476,12 +315,13 @@ class SparseNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a file needs the network alone: the view is made again at the first call.
-        return {name: value for name, value in self.__dict__.items() if name not in ('_lock', '_current')}
+        return {name: value for name, value in self.__dict__.items() if name not in ('_lock', '_current', '_trace')}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lock = threading.Lock()
         self._current = None
+        self._trace = None
 
 
 def _is_small(network: Any, size: tuple[int, int], threads: int) -> bool:
@@ -498,8 +338,3 @@ def _is_small(network: Any, size: tuple[int, int], threads: int) -> bool:
         reduction = next((info['reduction'] for info in later), network.feature_info[-1]['reduction'])
         products.append(network.get_submodule(layer.conv).weight.numel() * size[0] * size[1] / reduction**2)
     return sum(products) < SMALL_WORK * threads * len(products)
-
-
-def segments(view: nn.Module) -> list[Segment]:
-    """The segments of a view, in the order in which they run."""
-    return [m.segment for m in view.modules() if isinstance(m, SparseBlock | SparseFeatures)]

@@ -1,7 +1,7 @@
 """Reading a network for inference: norms folded into convolutions, evaluation mode without touching the original."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -40,15 +40,6 @@ def fold_norm(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
             shift = shift + norm.bias.detach().double()
         weight, bias = weight * factor[:, None, None, None], bias * factor + shift
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
-
-
-def flatten(modules: list[nn.Module]) -> Iterator[nn.Module]:
-    """The modules in the order in which they run, containers opened that do no more than that."""
-    for module in modules:
-        if isinstance(module, nn.Sequential) and is_plain(module, nn.Sequential):
-            yield from flatten(list(module))
-        elif not is_plain(module, nn.Identity):
-            yield module
 
 
 def eval_view(module: Module) -> Module:

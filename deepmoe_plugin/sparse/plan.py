@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .ragged import RaggedBatch, RaggedKept, rounded
 
+LIMIT = 0.8
+"""Largest fraction of kept experts for which a layer runs on compact weights, without calibration."""
 GATHER_COST = 50
 """Gathering a weight costs about as much as this many multiply-accumulates with it."""
 
@@ -111,9 +113,9 @@ class Segment:
         self.readers = list(readers)
         self._widths = np.array(self.widths, dtype=np.int64)
         self.steps = np.array([max(16, 2 ** round(math.log2(width / 32))) for width in widths], dtype=np.int64)
-        self.limits = [0.8] * len(self.widths)
+        self.limits = [LIMIT] * len(self.widths)
         """Largest fraction of kept experts for which a layer runs on compact weights."""
-        self.ragged_limit = 0.8
+        self.ragged_limit = LIMIT
         """Largest fraction of kept experts, on average over images and layers, for which a batch runs ragged."""
 
     @property
@@ -172,17 +174,17 @@ class Plan:
         if gates and len(gates[0]) == 1:
             gated = [segment for segment in segments if segment.widths]
             groups = _groups([self._draft(segment, [0]) for segment in gated])
-            self._ready = {segment.first: group for segment, group in zip(gated, groups, strict=True)}
+            self._ready = {id(segment): group for segment, group in zip(gated, groups, strict=True)}
 
     def groups(self, segment: Segment, positions: int) -> list[Group]:
         """Partition the batch for a segment whose input has this many positions (H * W)."""
         if not segment.widths:
             return []
-        if segment.first in self._ready:
-            return [self._ready[segment.first]]
+        if id(segment) in self._ready:
+            return [self._ready[id(segment)]]
         if self.ragged is None:
-            partition = _partition(segment, self.kept[segment.layers], positions)
-            return _groups([self._draft(segment, images) for images in partition])
+            grouped = partition(segment, self.kept[segment.layers], positions)
+            return _groups([self._draft(segment, images) for images in grouped])
         images = list(range(len(self.gates[0])))
         if not _pays_ragged(segment, self.ragged, positions):
             return _groups([self._draft(segment, images)])
@@ -225,7 +227,7 @@ def _pays_ragged(segment: Segment, batch: RaggedBatch, positions: int) -> bool:
     return any(rounded(all_) > rounded(most) for all_, most in zip(together, counts.max(axis=1).tolist(), strict=True))
 
 
-def _partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[list[int]]:
+def partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[list[int]]:
     """Put each image into the group where it costs least, or into one of its own if that is cheaper."""
     num_images = len(kept[0])
     if num_images == 1:

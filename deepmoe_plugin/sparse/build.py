@@ -1,0 +1,100 @@
+"""Builds the native program with the machine's own compiler, once for each machine, and finds torch's threads.
+
+Kernels run in the OpenMP pool that torch has started already: a second pool would fight it for the cores.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_name('program.cpp')
+FLAGS = ('-std=c++17', '-O2', '-march=native', '-ffp-contract=fast', '-fPIC', '-shared')
+CHECKED = 'DEEPMOE_CHECKED'
+"""Environment variable: where set, every address is compared with the memory that it must lie in, and the process ends
+at the first that does not. Tests run so."""
+
+_logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where what was built stays: `deepmoe_plugin` in the user's cache folder."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'deepmoe_plugin'
+
+
+def compiler() -> str | None:
+    """The C++ compiler: what CXX names, g++ or clang++; None without one."""
+    named = os.environ.get('CXX')
+    return next((path for name in (named, 'g++', 'clang++') if name and (path := shutil.which(name))), None)
+
+
+@functools.cache
+def library() -> Any:
+    """The native program; None where it cannot be built or run, which is said once."""
+    if openmp() is None:
+        _logger.warning('Sparse execution is slower: torch does not run on the OpenMP library of GNU here.')
+        return None
+    command = compiler()
+    if command is None:
+        _logger.warning('Sparse execution is slower: there is no C++ compiler (g++, clang++, or what CXX names).')
+        return None
+    try:
+        return ctypes.CDLL(str(_built(command, (*FLAGS, '-DCHECKED') if os.environ.get(CHECKED) else FLAGS)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, 'stderr', None) or error
+        _logger.warning('Sparse execution is slower: %s does not build it: %s', command, reason)
+        return None
+
+
+def _built(command: str, flags: tuple[str, ...]) -> Path:
+    """The library, from the cache folder or built anew; written aside first, as other processes may build it too."""
+    facts = [SOURCE.read_text(), command, *flags, _processor()]
+    facts.append(subprocess.run([command, '--version'], capture_output=True, text=True, check=True).stdout)
+    name = hashlib.sha256('\n'.join(facts).encode()).hexdigest()[:24]
+    path = cache_folder() / f'program-{name}.so'
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            subprocess.run([command, *flags, str(SOURCE), '-o', str(part)], capture_output=True, text=True, check=True)
+            part.replace(path)
+    return path
+
+
+def _processor() -> str:
+    """What the processor can do: a home folder may be shared by different machines."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(('flags', 'Features'))), platform.machine())
+
+
+@functools.cache
+def openmp() -> Any:
+    """The GNU OpenMP library that torch runs on, None where it uses another one."""
+    try:
+        with open('/proc/self/maps') as maps:
+            paths = {line.split()[-1] for line in maps if 'libgomp' in line}
+    except OSError:
+        return None
+    if len(paths) > 1:
+        paths = {path for path in paths if '/torch' in path}
+    if len(paths) != 1:
+        return None
+    found = ctypes.CDLL(paths.pop())
+    found.GOMP_parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    found.GOMP_parallel.restype = None
+    return found
+
+
+def address_of(function: Any) -> int:
+    """Where a function of a library lies."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

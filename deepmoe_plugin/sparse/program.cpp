@@ -1,0 +1,701 @@
+// A sparse network as one native program; `program.py` describes it and calls it.
+//
+// A program is a table of operations on values, which are activations of all images of a batch, channels last. A value
+// that a gate writes holds, of each image, only the channels that the image keeps. Several threads run the program
+// together. They meet only where one needs what another wrote.
+//
+// All numbers that products are made of are units of 32 bits: one channel in float32, two neighbours in bfloat16. Plain
+// vector types of GCC and Clang are used, so that the code runs wherever they do; AVX-512 has shorter ways here and there.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#if defined(__x86_64__)
+#define PAUSE() __builtin_ia32_pause()
+#else
+#define PAUSE()
+#endif
+#include <sched.h>
+
+#ifdef CHECKED
+// Every address is compared with the memory that it must lie in. Tests run so.
+#define CHECK(condition)                                                                  \
+    if (!(condition)) {                                                                   \
+        std::fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #condition); \
+        std::abort();                                                                     \
+    }
+#else
+#define CHECK(condition)
+#endif
+
+constexpr int64_t LANES = 16;          // outputs in a vector
+constexpr int64_t BLOCK = 64;          // outputs whose weights lie together
+constexpr int64_t RUN = 48;            // output pixels that a thread takes at a time
+constexpr int64_t CACHED = 1 << 18;    // bytes of inputs that stay in the second-level cache
+constexpr int64_t PACKED_ROWS = 128;   // inputs whose weights a thread gathers at a time
+constexpr int64_t AHEAD = 8;           // rows between the one that is gathered and the one that is fetched
+#ifdef __AVX512F__
+constexpr int MAX_VECTORS = 4;         // vectors of outputs in a tile
+constexpr int MAX_PIXELS[] = {0, 8, 8, 8, 6};  // pixels in a tile of so many vectors: what the registers hold
+#else
+constexpr int MAX_VECTORS = 1;
+constexpr int MAX_PIXELS[] = {0, 6};
+#endif
+
+alignas(64) static const char zeros[65536] = {};  // a pixel beyond the border
+
+typedef float Vector __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Units __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+
+// ---------------------------------------------------------------- what Python fills in; the same fields, all 64 bits
+
+struct Value {
+    char* data;           // (image, pixel, channel)
+    int64_t image_bytes;  // from one image to the next
+    int64_t height, width, channels;
+    int64_t layer;        // gated layer whose kept experts it holds; -1: all channels
+};
+
+enum Kind : int64_t { CONVOLVE, POOL, LOAD, WIDEN, SCALE };
+
+struct Operation {
+    int64_t kind;
+    int64_t input, output, residual;  // values; residual -1: none
+    int64_t kernel_height, kernel_width, pad_height, pad_width;
+    int64_t stride_height, stride_width, dilation_height, dilation_width;
+    int64_t span;         // neighbouring pixels that a kernel position reads as if they were channels of one;
+                          // of LOAD, channels that the images have
+    int64_t relu;
+    const char* weight;   // (block, kernel position, input, BLOCK), inputs in units; zeros behind the last output
+    const float* bias;
+    int64_t weight_bytes;
+};
+
+struct Part {             // consecutive operations that groups of images run through without meeting each other
+    int64_t first, last;  // operations
+    int64_t num_groups, first_group;
+    int64_t group_major;  // each group runs through all operations before the next; otherwise operation by operation
+};
+
+struct Group {
+    int64_t first, count;  // of `images`
+    int64_t first_layer, num_layers;  // gated layers of its part
+    const uint8_t* masks;  // for each expert of these layers, whether it is kept
+    char* lists;           // memory for what `Kepts` makes of that
+    int64_t lists_bytes;
+};
+
+struct Program {
+    Value* values;
+    const Operation* operations;
+    const Part* parts;
+    int64_t num_parts;
+    const Group* groups;
+    int64_t num_groups;
+    const int64_t* images;
+    const int64_t* layer_starts;  // first expert of each layer, and the number of all
+    int64_t num_layers;
+    const float* gates;           // (image, expert)
+    const char* source;           // images, any strides, counted in elements
+    int64_t source_strides[4];
+    char* rooms;                  // of the threads: see `room_bytes`
+    int64_t room_bytes;
+    int64_t pack_bytes;           // the largest gathered weight
+    int64_t num_threads;
+    int64_t is_bfloat16;
+    int (*thread_number)();
+    std::atomic<int64_t> arrived, round;  // barrier of all threads
+    std::atomic<int64_t> tickets[4];
+};
+
+// ---------------------------------------------------------------------------------------------- kept channels
+
+struct Move {             // kept outputs of one vector that go to one block
+    uint16_t bits;
+    uint8_t count, stores;  // `stores`: with zeros up to the end of the vector, behind the last
+    int32_t source;       // vector
+    int32_t target;       // output
+};
+
+struct Kept {             // of one layer for one group
+    int64_t count;
+    int64_t num_moves;
+    int32_t* index;
+    Move* moves;
+};
+
+static int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t round_up(int64_t a, int64_t b) { return ceil_divide(a, b) * b; }
+
+struct Kepts {            // of all layers of one group, laid out in memory that Python gives
+    const Program& program;
+    const Group& group;
+    Kept* const layers;
+
+    Kepts(const Program& program, const Group& group) : program(program), group(group), layers((Kept*)group.lists) {}
+
+    const Kept* of(const Value& value) const {
+        if (value.layer < 0) return nullptr;
+        CHECK(value.layer >= group.first_layer && value.layer < group.first_layer + group.num_layers);
+        return &layers[value.layer - group.first_layer];
+    }
+
+    void fill() const {
+        const int64_t* starts = program.layer_starts + group.first_layer;
+        int32_t* indices = (int32_t*)(layers + group.num_layers);
+        Move* moves = (Move*)(indices + starts[group.num_layers] - starts[0] + 1);
+        for (int64_t l = 0; l < group.num_layers; ++l) {
+            const int64_t width = starts[l + 1] - starts[l];
+            const uint8_t* mask = group.masks + starts[l] - starts[0];
+            Kept& kept = layers[l];
+            kept = {0, 0, indices, moves};
+            for (int64_t c = 0; c < width; ++c) {
+                kept.index[kept.count] = (int32_t)c;
+                kept.count += mask[c] != 0;
+            }
+            int64_t done = 0;
+            while (done < kept.count) {
+                const int64_t vector = kept.index[done] / LANES, target_block = done / BLOCK;
+                Move move = {0, 0, 0, (int32_t)vector, (int32_t)done};
+                while (done < kept.count && kept.index[done] / LANES == vector && done / BLOCK == target_block) {
+                    move.bits |= (uint16_t)(1u << (kept.index[done] % LANES));
+                    ++move.count;
+                    ++done;
+                }
+                move.stores = move.count;
+                if (done == kept.count) move.stores = (uint8_t)(round_up(done, LANES) - move.target);
+                move.stores = std::min<uint8_t>(move.stores, LANES);
+                kept.moves[kept.num_moves++] = move;
+            }
+            indices += width;
+            moves += kept.num_moves;
+        }
+        CHECK((char*)moves <= group.lists + group.lists_bytes);
+    }
+};
+
+// ------------------------------------------------------------------------------------------------- threads
+
+struct Team {             // threads that run a part of the program together
+    Program& program;
+    int64_t size, member, turn;
+    char* pack[2];
+
+    void meet() {
+        if (size == 1) return;
+        const int64_t round = program.round.load(std::memory_order_acquire);
+        if (program.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+            program.arrived.store(0, std::memory_order_relaxed);
+            program.round.store(round + 1, std::memory_order_release);
+            return;
+        }
+        for (int64_t spins = 0; program.round.load(std::memory_order_acquire) == round; ++spins) {
+            PAUSE();
+            if (spins > 20000) sched_yield();
+        }
+    }
+
+    // Calls `work(item)` for each of `count` items, each on one of the threads. Between two calls, threads meet.
+    template <class Work>
+    void share(int64_t count, Work work) {
+        if (size == 1) {
+            for (int64_t item = 0; item < count; ++item) work(item);
+            return;
+        }
+        auto& tickets = program.tickets[turn % 4];
+        if (member == 0) program.tickets[(turn + 2) % 4].store(0, std::memory_order_relaxed);
+        ++turn;
+        for (int64_t item; (item = tickets.fetch_add(1, std::memory_order_relaxed)) < count;) work(item);
+    }
+};
+
+// --------------------------------------------------------------------------------------------- number types
+
+struct Float {
+    static constexpr int64_t SIZE = 4, PAIR = 1;
+    static Vector add_product(Vector sum, uint32_t x, Units weight) {
+        float value;
+        std::memcpy(&value, &x, 4);
+        return sum + value * (Vector)weight;
+    }
+    static float read(const char* place) { return *(const float*)place; }
+    static void write(char* place, float value) { *(float*)place = value; }
+    static Vector read_vector(const char* place) { return *(const Vector*)place; }
+    static void write_vector(char* place, Vector value) { *(Vector*)place = value; }
+};
+
+struct Bfloat16 {
+    static constexpr int64_t SIZE = 2, PAIR = 2;
+    static Vector add_product(Vector sum, uint32_t x, Units weight) {
+#ifdef __AVX512BF16__
+        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)weight);
+#else
+        const Units both = Units{} + x;
+        sum += (Vector)(both << 16) * (Vector)(weight << 16);
+        return sum + (Vector)(both & 0xffff0000u) * (Vector)(weight & 0xffff0000u);
+#endif
+    }
+    static float read(const char* place) {
+        const uint32_t bits = (uint32_t)*(const uint16_t*)place << 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    }
+    static void write(char* place, float value) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        bits = value != value ? 0x7fc00000u : bits + 0x7fff + (bits >> 16 & 1);
+        *(uint16_t*)place = (uint16_t)(bits >> 16);
+    }
+    static Vector read_vector(const char* place) {
+        return (Vector)(__builtin_convertvector(*(const Halves*)place, Units) << 16);
+    }
+    static void write_vector(char* place, Vector value) {  // to the nearest, even if there are two
+        const Units bits = (Units)value, is_number = (Units)(value == value);
+        const Units rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+        *(Halves*)place = __builtin_convertvector(((rounded & is_number) | (0x7fc00000u & ~is_number)) >> 16, Halves);
+    }
+};
+
+// ---------------------------------------------------------------------------------- convolution of one group
+
+template <class Number>
+struct Convolution {
+    const Program& program;
+    const Operation& op;
+    const Value &input, &output;
+    const Group& group;
+    const Kept *reads, *writes;      // null: all
+    char* pack;
+    const Value* residual;
+    int64_t taps, in_units, out_count, in_pitch, out_pitch, pixels, runs, blocks, weight_rows;
+    bool gathers, picks;
+
+    Convolution(const Program& program, const Operation& op, int64_t group_number, char* pack)
+        : program(program), op(op), input(program.values[op.input]), output(program.values[op.output]),
+          group(program.groups[group_number]), pack(pack) {
+        const Kepts kepts(program, group);
+        reads = kepts.of(input);
+        writes = kepts.of(output);
+        residual = op.residual < 0 ? nullptr : &program.values[op.residual];
+        const int64_t in_count = reads ? reads->count : input.channels;
+        out_count = writes ? writes->count : output.channels;
+        taps = op.kernel_height * op.kernel_width;
+        in_pitch = round_up(in_count, Number::PAIR) * Number::SIZE;
+        out_pitch = round_up(out_count, Number::PAIR) * Number::SIZE;
+        in_units = ceil_divide(in_count, Number::PAIR) * op.span;
+        weight_rows = ceil_divide(input.channels, Number::PAIR) * op.span;
+        pixels = output.height * output.width;
+        runs = ceil_divide(pixels, RUN);
+        blocks = ceil_divide(out_count, BLOCK);
+        const bool some_in = reads && reads->count < input.channels;
+        gathers = (writes && writes->count < output.channels) || (some_in && Number::PAIR > 1);
+        picks = some_in && !gathers;
+    }
+
+    // ------------------------------------------------------------------------------------------- gather
+
+    int64_t row_parts() const { return ceil_divide(in_units, PACKED_ROWS); }
+    int64_t pack_items() const { return gathers ? ceil_divide(output.channels, BLOCK) * taps * row_parts() : 0; }
+
+    // Write the weights of kept inputs and outputs: of one block of all outputs, one kernel position, some inputs.
+    void gather(int64_t item) const {
+        const int64_t part = item % row_parts(), tap = item / row_parts() % taps, block = item / row_parts() / taps;
+        const int64_t first = part * PACKED_ROWS, last = std::min(first + PACKED_ROWS, in_units);
+        const char* source = op.weight + (block * taps + tap) * weight_rows * BLOCK * 4;
+        Move whole[BLOCK / LANES];
+        const Move* begin = whole;
+        int64_t count = 0;
+        if (writes) {
+            begin = writes->moves;
+            const Move* end = begin + writes->num_moves;
+            const auto before = [](const Move& move, int64_t vector) { return move.source < vector; };
+            begin = std::lower_bound(begin, end, block * BLOCK / LANES, before);
+            count = std::lower_bound(begin, end, (block + 1) * BLOCK / LANES, before) - begin;
+        } else {
+            const int64_t vectors = ceil_divide(std::min(BLOCK, output.channels - block * BLOCK), LANES);
+            for (; count < vectors; ++count) {
+                const int32_t vector = (int32_t)(block * BLOCK / LANES + count);
+                whole[count] = {0xffff, LANES, LANES, vector, (int32_t)(vector * LANES)};
+            }
+        }
+        for (int64_t k = first; k < last; ++k) {
+            if (Number::PAIR == 1) {
+                const int64_t row = reads ? reads->index[k] : k;
+                if (k + AHEAD < last) fetch(source, reads ? reads->index[k + AHEAD] : k + AHEAD);
+                gather_row(source + row * BLOCK * 4, nullptr, 0, 0, begin, count, block, tap, k);
+            } else {
+                const int64_t a = reads ? reads->index[2 * k] : 2 * k;
+                const bool two = !reads || 2 * k + 1 < reads->count;
+                const int64_t b = !two ? -1 : reads ? reads->index[2 * k + 1] : 2 * k + 1;
+                gather_row(source + a / 2 * BLOCK * 4, two ? source + b / 2 * BLOCK * 4 : nullptr, a % 2, b % 2, begin, count,
+                           block, tap, k);
+            }
+        }
+    }
+
+    static void fetch(const char* source, int64_t row) {
+        for (int64_t line = 0; line < BLOCK * 4; line += 64) __builtin_prefetch(source + row * BLOCK * 4 + line, 0, 2);
+    }
+
+    void gather_row(const char* first, const char* second, int64_t upper_first, int64_t upper_second, const Move* moves,
+                    int64_t count, int64_t block, int64_t tap, int64_t k) const {
+        for (int64_t m = 0; m < count; ++m) {
+            const Move& move = moves[m];
+            const int64_t offset = (move.source * LANES - block * BLOCK) * 4;
+            CHECK(first + offset >= op.weight && first + offset + LANES * 4 <= op.weight + op.weight_bytes);
+            Units units = *(const Units*)(first + offset);
+            if (Number::PAIR > 1) {
+                units = upper_first ? units >> 16 : units & 0xffffu;
+                if (second) {
+                    const Units other = *(const Units*)(second + offset);
+                    units |= upper_second ? other & 0xffff0000u : other << 16;
+                }
+            }
+            const int64_t place = ((move.target / BLOCK * taps + tap) * in_units + k) * BLOCK + move.target % BLOCK;
+            CHECK(place >= 0 && (place + move.stores) * 4 <= program.pack_bytes);
+            squeeze(units, move, (uint32_t*)pack + place);
+        }
+    }
+
+    static void squeeze(Units units, const Move& move, uint32_t* target) {
+#ifdef __AVX512F__
+        // In a register, then as a whole: compaction into memory is very slow on some processors (Zen 4).
+        const __m512i squeezed = _mm512_maskz_compress_epi32(move.bits, (__m512i)units);
+        _mm512_mask_storeu_epi32(target, (__mmask16)((1u << move.stores) - 1), squeezed);
+#else
+        int64_t lane = 0;
+        for (unsigned bits = move.bits; bits; bits &= bits - 1) target[lane++] = units[__builtin_ctz(bits)];
+        for (; lane < move.stores; ++lane) target[lane] = 0;
+#endif
+    }
+
+    // --------------------------------------------------------------------------------------- convolution
+
+    int64_t run_items() const { return group.count * runs * blocks; }
+
+    // Compute one block of outputs of a few pixels of one image.
+    void run(int64_t item) const {
+        // Block by block, so that weights stay in the cache; or if inputs are larger, as many pixels at a time as stay
+        // there with their inputs.
+        const int64_t all_runs = group.count * runs;
+        int64_t together = all_runs;
+        const int64_t in_bytes = input.height * input.width * in_pitch;
+        if (group.count * in_bytes > blocks * BLOCK * taps * in_units * 4)
+            together = std::max<int64_t>(1, CACHED * runs / std::max<int64_t>(in_bytes, 1));
+        const int64_t first = item / (blocks * together) * together;
+        const int64_t members = std::min(together, all_runs - first);
+        const int64_t block = (item - first * blocks) / members;
+        const int64_t run = first + (item - first * blocks) % members;
+        const int64_t image = program.images[group.first + run / runs];
+        const int64_t begin = run % runs * RUN, end = std::min(begin + RUN, pixels);
+        const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
+        const int64_t vectors = ceil_divide(count, LANES);
+
+        alignas(64) float bias[BLOCK] = {}, gate[BLOCK] = {};
+        const float* gates = program.gates + image * program.layer_starts[program.num_layers];
+        for (int64_t k = 0; k < count; ++k) {
+            const int64_t channel = writes ? writes->index[block * BLOCK + k] : block * BLOCK + k;
+            bias[k] = op.bias[channel];
+            if (writes) gate[k] = gates[program.layer_starts[output.layer] + channel];
+        }
+        const char* weight = (gathers ? pack : op.weight) + block * taps * (gathers ? in_units : weight_rows) * BLOCK * 4;
+        for (int64_t v = 0; v < vectors; v += MAX_VECTORS) {
+            const int64_t now = std::min<int64_t>(MAX_VECTORS, vectors - v);
+            const int64_t tiles = ceil_divide(end - begin, MAX_PIXELS[now]);
+            for (int64_t t = 0; t < tiles; ++t) {
+                const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
+                const int64_t channel = block * BLOCK + v * LANES;
+                dispatch<MAX_VECTORS, 1>(now, to - from, image, from, weight + v * LANES * 4, bias + v * LANES,
+                                         gate + v * LANES, channel, std::min(out_count - channel, now * LANES));
+            }
+        }
+    }
+
+    template <int V, int P, class... Args>
+    void dispatch(int64_t vectors, int64_t count, Args... args) const {
+        if constexpr (V > 1) {
+            if (vectors < V) return dispatch<V - 1, 1>(vectors, count, args...);
+        }
+        if constexpr (P < MAX_PIXELS[V]) {
+            if (count > P) return dispatch<V, P + 1>(vectors, count, args...);
+        }
+        if (picks) return tile<V, P, true>(args...);
+        tile<V, P, false>(args...);
+    }
+
+    // P pixels by V vectors of outputs: sums stay in registers until they are written.
+    template <int V, int P, bool PICKS>
+    __attribute__((noinline)) void tile(int64_t image, int64_t from, const char* weight, const float* bias, const float* gate, int64_t channel,
+              int64_t count) const {
+        const char* base = input.data + image * input.image_bytes;
+        int64_t rows[P], columns[P];
+        for (int p = 0; p < P; ++p) {
+            rows[p] = (from + p) / output.width * op.stride_height - op.pad_height;
+            columns[p] = (from + p) % output.width * op.stride_width - op.pad_width;
+        }
+        Vector sums[P][V];
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sums[p][v] = Vector{};
+        const int32_t* index = PICKS ? reads->index : nullptr;
+        const int64_t tap_bytes = (gathers ? in_units : weight_rows) * BLOCK * 4;
+        for (int64_t down = 0; down < op.kernel_height; ++down)
+            for (int64_t across = 0; across < op.kernel_width; ++across, weight += tap_bytes) {
+                const uint32_t* x[P];
+                bool any = false;
+                for (int p = 0; p < P; ++p) {
+                    const int64_t row = rows[p] + down * op.dilation_height;
+                    const int64_t column = columns[p] + across * op.dilation_width;
+                    const bool inside = (uint64_t)row < (uint64_t)input.height && (uint64_t)column < (uint64_t)input.width;
+                    x[p] = (const uint32_t*)(inside ? base + (row * input.width + column) * in_pitch : zeros);
+                    any |= inside;
+                    CHECK(!inside || (const char*)x[p] + in_units * 4 <= base + input.image_bytes + 64);
+                    CHECK(in_units * 4 <= (int64_t)sizeof(zeros));
+                }
+                if (!any) continue;
+                for (int64_t k = 0; k < in_units; ++k) {
+                    const char* row = weight + (PICKS ? index[k] : k) * BLOCK * 4;
+                    CHECK(gathers || (row >= op.weight && row + V * LANES * 4 <= op.weight + op.weight_bytes));
+                    Units w[V];
+#pragma GCC unroll 4
+                    for (int v = 0; v < V; ++v) w[v] = *(const Units*)(row + v * LANES * 4);
+#pragma GCC unroll 8
+                    for (int p = 0; p < P; ++p) {
+                        const uint32_t value = x[p][k];
+#pragma GCC unroll 4
+                        for (int v = 0; v < V; ++v) sums[p][v] = Number::add_product(sums[p][v], value, w[v]);
+                    }
+                }
+            }
+        const int64_t offset = image * output.image_bytes + from * out_pitch + channel * Number::SIZE;
+        const int64_t shift = residual ? image * residual->image_bytes + from * out_pitch + channel * Number::SIZE : 0;
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) finish<V>(sums[p], bias, gate, offset + p * out_pitch, shift + p * out_pitch, count);
+    }
+
+    // Bias, residual sum, ReLU, gate.
+    template <int V>
+    void finish(const Vector (&sums)[V], const float* bias, const float* gate, int64_t offset, int64_t shift,
+                int64_t count) const {
+        char* target = output.data + offset;
+        const char* added = residual ? residual->data + shift : nullptr;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            Vector value = sums[v] + *(const Vector*)(bias + v * LANES);
+            const int64_t lanes = std::min(LANES, count - v * LANES);
+            const int64_t place = v * LANES * Number::SIZE;
+            if (lanes == LANES) {
+                if (added) value += Number::read_vector(added + place);
+                if (op.relu) value = value < 0.0f ? Vector{} : value;
+                if (writes && op.relu) value *= *(const Vector*)(gate + v * LANES);
+                Number::write_vector(target + place, value);
+                continue;
+            }
+            for (int64_t lane = 0; lane < lanes; ++lane) {
+                const int64_t at = place + lane * Number::SIZE;
+                float one = value[lane] + (added ? Number::read(added + at) : 0.0f);
+                if (op.relu) one = one < 0.0f ? 0.0f : one;
+                if (writes && op.relu) one *= gate[v * LANES + lane];
+                Number::write(target + at, one);
+            }
+            if (Number::PAIR > 1 && lanes % 2) Number::write(target + place + lanes * Number::SIZE, 0.0f);
+        }
+    }
+};
+
+// --------------------------------------------------------------------------------------- other operations
+
+template <class Number>
+struct Simple {
+    const Program& program;
+    const Operation& op;
+    const Value &input, &output;
+    const Group& group;
+    const Kept *in, *out;
+    int64_t in_count, out_count, in_pitch, out_pitch;
+
+    Simple(const Program& program, const Operation& op, int64_t group_number)
+        : program(program), op(op), input(program.values[std::max<int64_t>(op.input, 0)]),
+          output(program.values[op.output]), group(program.groups[group_number]) {
+        const Kepts kepts(program, group);
+        in = op.input < 0 ? nullptr : kepts.of(input);
+        out = kepts.of(output);
+        in_count = in ? in->count : input.channels;
+        out_count = out ? out->count : output.channels;
+        in_pitch = round_up(in_count, Number::PAIR) * Number::SIZE;
+        out_pitch = round_up(out_count, Number::PAIR) * Number::SIZE;
+    }
+
+    int64_t items() const { return group.count * output.height; }
+
+    // One row of one image.
+    void run(int64_t item) const {
+        const int64_t image = program.images[group.first + item / output.height], row = item % output.height;
+        const char* from = input.data + image * input.image_bytes;
+        char* to = output.data + image * output.image_bytes + row * output.width * out_pitch;
+        if (op.kind == LOAD) return load(image, row, to);
+        for (int64_t column = 0; column < output.width; ++column, to += out_pitch) {
+            if (op.kind == POOL)
+                pool(from, row, column, to);
+            else
+                spread(from + (row * output.width + column) * in_pitch, image, to);
+        }
+    }
+
+    // An image as it was given, with `pad` zeros on each side; behind the last channel too, where channels come in pairs.
+    void load(int64_t image, int64_t row, char* to) const {
+        const int64_t* strides = program.source_strides;
+        const int64_t height = output.height - 2 * op.pad_height, width = output.width - 2 * op.pad_width;
+        std::memset(to, 0, output.width * out_pitch);
+        if (row < op.pad_height || row >= op.pad_height + height) return;
+        const char* from = program.source + (image * strides[0] + (row - op.pad_height) * strides[2]) * Number::SIZE;
+        to += op.pad_width * out_pitch;
+        for (int64_t channel = 0; channel < op.span; ++channel)
+            for (int64_t column = 0; column < width; ++column)
+                std::memcpy(to + column * out_pitch + channel * Number::SIZE,
+                            from + (channel * strides[1] + column * strides[3]) * Number::SIZE, Number::SIZE);
+    }
+
+    // The largest value under the kernel; channels that the input does not have are zero.
+    void pool(const char* from, int64_t row, int64_t column, char* to) const {
+        const int64_t count = std::min(in_count, out_count);
+        bool first = true;
+        for (int64_t down = 0; down < op.kernel_height; ++down)
+            for (int64_t across = 0; across < op.kernel_width; ++across) {
+                const int64_t y = row * op.stride_height - op.pad_height + down * op.dilation_height;
+                const int64_t x = column * op.stride_width - op.pad_width + across * op.dilation_width;
+                if (y < 0 || y >= input.height || x < 0 || x >= input.width) continue;
+                const char* pixel = from + (y * input.width + x) * in_pitch;
+                if (first) {
+                    std::memcpy(to, pixel, count * Number::SIZE);
+                    first = false;
+                    continue;
+                }
+                for (int64_t c = 0; c < count; ++c) {
+                    const float value = Number::read(pixel + c * Number::SIZE), best = Number::read(to + c * Number::SIZE);
+                    Number::write(to + c * Number::SIZE, value > best || value != value ? value : best);
+                }
+            }
+        std::memset(to + count * Number::SIZE, 0, out_pitch - count * Number::SIZE);
+    }
+
+    // WIDEN: kept channels in their places, zeros in the others. SCALE: kept channels times their gates.
+    void spread(const char* from, int64_t image, char* to) const {
+        if (op.kind == WIDEN) {
+            std::memset(to, 0, out_pitch);
+            for (int64_t k = 0; k < in_count; ++k)
+                std::memcpy(to + (in ? in->index[k] : k) * Number::SIZE, from + k * Number::SIZE, Number::SIZE);
+            return;
+        }
+        const float* gates = program.gates + image * program.layer_starts[program.num_layers] + program.layer_starts[output.layer];
+        for (int64_t k = 0; k < out_count; ++k)
+            Number::write(to + k * Number::SIZE, Number::read(from + k * Number::SIZE) * gates[out->index[k]]);
+        std::memset(to + out_count * Number::SIZE, 0, out_pitch - out_count * Number::SIZE);
+    }
+};
+
+// -------------------------------------------------------------------------------------------------- program
+
+// One operation for one group; the team gathers the weights of the next one with what is left of its time.
+template <class Number>
+static void step(Team& team, const Operation& op, int64_t group, const Operation* next, int64_t next_group, int64_t number) {
+    char* pack = team.pack[number % 2];
+    char* next_pack = team.pack[(number + 1) % 2];
+    std::optional<Convolution<Number>> following;
+    if (next && next->kind == CONVOLVE && team.size > 1) following.emplace(team.program, *next, next_group, next_pack);
+    const int64_t more = following ? following->pack_items() : 0;
+    const auto together = [&](int64_t own, const auto& work) {
+        team.share(own + more, [&](int64_t item) { item < own ? work.run(item) : following->gather(item - own); });
+    };
+    if (op.kind == CONVOLVE) {
+        const Convolution<Number> convolution(team.program, op, group, pack);
+        if (team.size == 1)
+            for (int64_t item = 0; item < convolution.pack_items(); ++item) convolution.gather(item);
+        together(convolution.run_items(), convolution);
+    } else {
+        const Simple<Number> simple(team.program, op, group);
+        together(simple.items(), simple);
+    }
+    team.meet();
+}
+
+template <class Number>
+static void run_part(Team team, const Part& part, int64_t first_group, int64_t by, int64_t& turn) {
+    const Program& program = team.program;
+    const int64_t operations = part.last - part.first;
+    const int64_t groups = (part.num_groups - first_group + by - 1) / by;
+    const auto at = [&](int64_t number, const Operation*& op, int64_t& group) {
+        const int64_t o = part.group_major ? number % operations : number / groups;
+        const int64_t g = part.group_major ? number / operations : number % groups;
+        op = &program.operations[part.first + o];
+        group = part.first_group + first_group + g * by;
+    };
+    const int64_t steps = operations * groups;
+    if (team.size > 1 && steps) {
+        const Operation* op;
+        int64_t group;
+        at(0, op, group);
+        if (op->kind == CONVOLVE) {
+            const Convolution<Number> convolution(program, *op, group, team.pack[0]);
+            if (convolution.pack_items()) {
+                team.share(convolution.pack_items(), [&](int64_t item) { convolution.gather(item); });
+                team.meet();
+            }
+        }
+    }
+    for (int64_t number = 0; number < steps; ++number) {
+        const Operation *op, *next = nullptr;
+        int64_t group, next_group = 0;
+        at(number, op, group);
+        if (number + 1 < steps) at(number + 1, next, next_group);
+        step<Number>(team, *op, group, next, next_group, number);
+    }
+    turn = team.turn;
+}
+
+template <class Number>
+static void run_program(Program& program) {
+    const int64_t threads = program.num_threads, member = threads > 1 ? program.thread_number() : 0;
+    // All threads share the first two rooms when they work together; each has one of its own when it works alone.
+    Team all = {program, threads, member, 0, {program.rooms, program.rooms + program.room_bytes}};
+    Team alone = {program, 1, 0, 0, {program.rooms + member * program.room_bytes, program.rooms + member * program.room_bytes}};
+    for (int64_t group = member; group < program.num_groups; group += threads)
+        if (program.groups[group].num_layers) Kepts(program, program.groups[group]).fill();
+    all.meet();
+    for (int64_t p = 0; p < program.num_parts; ++p) {
+        const Part& part = program.parts[p];
+        const bool separate = threads > 1 && (part.num_groups >= 4 * threads || (part.num_groups > 1 && part.num_groups % threads == 0));
+        if (separate) {
+            int64_t turn = 0;
+            run_part<Number>(alone, part, member, threads, turn);
+            all.meet();
+        } else {
+            run_part<Number>(all, part, 0, 1, all.turn);
+        }
+    }
+}
+
+extern "C" void deepmoe_run(void* data) {
+    Program& program = *(Program*)data;
+    if (program.is_bfloat16)
+        run_program<Bfloat16>(program);
+    else
+        run_program<Float>(program);
+}
+
+// The sizes of what Python fills in, to be compared with its own.
+extern "C" int64_t deepmoe_size(int64_t number) {
+    const int64_t sizes[] = {sizeof(Value), sizeof(Operation), sizeof(Part), sizeof(Group), sizeof(Program), sizeof(Kept), sizeof(Move)};
+    return sizes[number];
+}

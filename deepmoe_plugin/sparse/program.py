@@ -1,0 +1,563 @@
+"""Runs a traced network on the CPU: a table of operations over planned memory, which native code works through.
+
+`Program` holds the weights; for each shape of images it makes a `Schedule` once: where values lie, which operations
+groups of images run through without meeting the others, and what runs by torch in between. For a batch, only masks,
+gates and addresses are filled in; one native call then runs all operations up to the next that torch runs.
+"""
+
+import ctypes
+import dataclasses
+import itertools
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import build
+from .conv import out_size
+from .fold import fold_norm
+from .memory import Workspace, buffer
+from .parts import Part, cut, reads_of
+from .plan import LIMIT, partition
+from .trace import Call, Convolve, Operation, Pool, Scale, Trace
+
+BLOCK, LANES = 64, 16
+"""Outputs whose weights lie together, and those of a vector, as in program.cpp."""
+SLACK = 64
+"""Bytes behind every value, which a product may read but does not use."""
+SPAN = 16
+"""Channels below which kernel positions side by side are read as one: of images, for one."""
+MAX_INPUTS = 2**14
+"""Inputs of a convolution, at most: program.cpp has as many zeros to read beyond the border of an image."""
+MAX_SCHEDULES = 8
+DTYPES = (torch.float32, torch.bfloat16)
+
+CONVOLVE, POOL, LOAD, WIDEN, SCALE = range(5)
+VALUES = np.dtype([(name, np.int64) for name in ('data', 'image_bytes', 'height', 'width', 'channels', 'layer')])
+OPERATIONS = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            *('kind', 'input', 'output', 'residual', 'kernel_height', 'kernel_width', 'pad_height', 'pad_width'),
+            *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'span', 'relu', 'weight', 'bias'),
+            'weight_bytes',
+        )
+    ]
+)
+PARTS = np.dtype([(name, np.int64) for name in ('first', 'last', 'num_groups', 'first_group', 'group_major')])
+GROUPS = np.dtype(
+    [(name, np.int64) for name in ('first', 'count', 'first_layer', 'num_layers', 'masks', 'lists', 'lists_bytes')]
+)
+KEPT_BYTES, MOVE_BYTES = 32, 12
+
+_rooms = Workspace()
+
+
+class _Header(ctypes.Structure):
+    """`Program` of program.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ('values', 'operations', 'parts', 'num_parts', 'groups', 'num_groups')),
+        *((name, ctypes.c_int64) for name in ('images', 'layer_starts', 'num_layers', 'gates', 'source')),
+        ('source_strides', ctypes.c_int64 * 4),
+        *((name, ctypes.c_int64) for name in ('rooms', 'room_bytes', 'pack_bytes')),
+        *((name, ctypes.c_int64) for name in ('num_threads', 'is_bfloat16', 'thread_number', 'arrived', 'round')),
+        ('tickets', ctypes.c_int64 * 4),
+    ]
+
+
+HEADER_BYTES = ctypes.sizeof(_Header)
+
+
+def available(x: Tensor) -> bool:
+    """Whether a native program can run these images."""
+    return (
+        x.device.type == 'cpu'
+        and x.dtype in DTYPES
+        and not torch.is_autocast_enabled('cpu')
+        and build.library() is not None
+    )
+
+
+class PackedWeight:
+    """A convolution's weight with its norm folded in, as native code reads it.
+
+    Attributes:
+        blocks: (output / BLOCK, kernel position, input, BLOCK), zeros behind the last output; in bfloat16, two
+            neighbouring inputs lie side by side for each output.
+        bias: (outputs,), float32.
+        span: kernel positions that are read as one, whose inputs then follow each other.
+    """
+
+    def __init__(self, operation: Convolve, of_images: bool) -> None:
+        weight, bias = fold_norm(operation.conv, operation.norm)
+        outputs, inputs, height, width = weight.shape
+        pair = 4 // weight.element_size()
+        spans = of_images and operation.conv.dilation[1] == 1 and inputs < SPAN
+        self.span = width if spans else 1
+        self.of_images = of_images
+        if spans:
+            inputs = _round_up(inputs, pair)
+            full = weight.new_zeros(outputs, inputs, height, width)
+            full[:, : weight.shape[1]] = weight
+            weight = full.permute(0, 3, 1, 2).reshape(outputs, width * inputs, height, 1)
+            inputs, width = width * inputs, 1
+        taps, blocks = height * width, -(-outputs // BLOCK)
+        padded = _round_up(inputs, pair)
+        self.blocks = buffer(blocks * taps * padded * BLOCK, weight.dtype)
+        target = self.blocks.view(blocks, taps, padded // pair, BLOCK, pair)
+        for block in range(blocks):
+            part = weight[block * BLOCK : (block + 1) * BLOCK].flatten(2)  # (outputs, inputs, positions)
+            if padded > inputs:
+                part = torch.nn.functional.pad(part, (0, 0, 0, padded - inputs))
+            part = part.view(len(part), padded // pair, pair, taps).permute(3, 1, 0, 2)
+            target[block, :, :, : part.shape[2]] = part
+        self.bias = bias.float().contiguous()
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+@dataclasses.dataclass
+class Load(Operation):
+    """The images as native code reads them, with zeros around them.
+
+    Attributes:
+        pad: zeros on each side, (vertical, horizontal).
+    """
+
+    pad: tuple[int, int] = (0, 0)
+
+
+class Shape(NamedTuple):
+    """Of one image of a value."""
+
+    channels: int
+    height: int
+    width: int
+
+
+class Program:
+    """The operations of a network with their weights.
+
+    Args:
+        trace: of the network.
+        widths: experts of each gated layer.
+    """
+
+    def __init__(self, trace: Trace, widths: Sequence[int]) -> None:
+        self.trace = trace
+        self.widths = np.array(widths, dtype=np.int64)
+        self.layer_starts = np.array([0, *itertools.accumulate(widths)], dtype=np.int64)
+        self.set_limits([LIMIT] * len(self.widths))
+        self.library = build.library()
+        convolutions = [op for op in trace.operations if isinstance(op, Convolve)]
+        self.weights = {op.output: PackedWeight(op, op.inputs == [trace.image]) for op in convolutions}
+        self._schedules: OrderedDict[tuple[object, ...], Schedule] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def set_limits(self, limits: Sequence[float]) -> None:
+        """Set, for each gated layer, the largest fraction of kept experts for which its outputs are selected."""
+        self.most_kept = np.array([int(limit * width) for limit, width in zip(limits, self.widths, strict=True)])
+
+    def run(self, x: Tensor, gates: Sequence[Tensor], wanted: Sequence[str]) -> list[Tensor]:
+        """The wanted values, all channels, for images (B, C, H, W) and their gates, each (B, C_l)."""
+        if not len(x):
+            one = self.run(x.new_zeros(1, *x.shape[1:]), [gate.new_ones(1, gate.shape[1]) for gate in gates], wanted)
+            return [value[:0] for value in one]
+        key = (x.shape, tuple(wanted))
+        with self._lock:
+            schedule = self._schedules.get(key)
+            if schedule is None:
+                schedule = self._schedules[key] = Schedule(self, x, gates, wanted)
+                if len(self._schedules) > MAX_SCHEDULES:
+                    self._schedules.popitem(last=False)
+            self._schedules.move_to_end(key)
+        return schedule.run(x, gates)
+
+
+class Schedule:
+    """A program for images of one shape: see `Program.run`."""
+
+    def __init__(self, program: Program, x: Tensor, gates: Sequence[Tensor], wanted: Sequence[str]) -> None:
+        self.program = program
+        self.batch, self.dtype, self.pair = len(x), x.dtype, 4 // x.element_size()
+        self.image = program.trace.image
+        self.shapes = {self.image: Shape(*x.shape[1:])}
+        self.layers: dict[str, int | None] = {self.image: None}
+        found = cut(program.trace, program.widths.tolist(), wanted)
+        self.wanted, self.separate = found.wanted, found.separate
+        self.steps: list[list[Part] | Call] = []  # parts that one native call runs, or a call of torch
+        self._fill(found.steps, x[:1], [gate[:1] for gate in gates])
+        self.parts = [part for step in self.steps if isinstance(step, list) for part in step]
+        self.values = [name for name in self.layers if name in self.shapes and name != self.image]
+        self.numbers = {name: i for i, name in enumerate(self.values)}
+        rows = [self._row(op) for part in self.parts for op in part.operations]
+        self.operations = np.array([tuple(row.values()) for row in rows], dtype=OPERATIONS)
+        self._place()
+        self.groups = self._alone() if self.batch == 1 else None
+
+    # ---------------------------------------------------------------------------------- operations and shapes
+
+    def _fill(self, steps: Sequence[Part | Call], x: Tensor, gates: Sequence[Tensor]) -> None:
+        """Find the shapes of all values, by running the calls once, and bring in the images."""
+        results: dict[str, Any] = {self.image: x}
+        for step in steps:
+            if isinstance(step, Call):
+                found = {name: results[name] if name in results else self._zeros(name) for name in step.inputs}
+                result = self._called(step, found, gates)
+                if isinstance(result, Tensor) and result.ndim == 4 and result.dtype == self.dtype:
+                    self._note(step, Shape(*result.shape[1:]))
+                else:
+                    results[step.output] = result
+                self.steps.append(step)
+                continue
+            operations: list[Operation] = []
+            for op in step.operations:
+                if isinstance(op, Call):  # image by image: each must be alone in its group
+                    self.separate = True
+                    self._append(Part(operations, step.segment))
+                    operations = []
+                    self._note(op, Shape(*op.function(self._zeros(op.inputs[0])).shape[1:]))
+                    self.steps.append(op)
+                    continue
+                pad = op.conv.padding if isinstance(op, Convolve) else (0, 0)
+                op = dataclasses.replace(op, inputs=[self._load(pad) if n == self.image else n for n in op.inputs])
+                if isinstance(op, Convolve) and op.residual == self.image:
+                    op.residual = self._load((0, 0))
+                self._note(op, self._shape(op))
+                operations.append(op)
+            self._append(Part(operations, step.segment))
+
+    def _append(self, part: Part) -> None:
+        if not part.operations:
+            return
+        if not self.steps or isinstance(self.steps[-1], Call):
+            self.steps.append([])
+        parts = self.steps[-1]
+        assert isinstance(parts, list)
+        parts.append(part)
+
+    def _note(self, op: Operation, shape: Shape) -> None:
+        self.layers[op.output] = op.layer
+        self.shapes[op.output] = shape
+
+    def _load(self, pad: tuple[int, int]) -> str:
+        """The images with these zeros around them."""
+        name = f'{self.image}_{pad[0]}_{pad[1]}'
+        if name not in self.shapes:
+            channels, height, width = self.shapes[self.image]
+            op = Load([], name, pad=pad)
+            self._note(op, Shape(channels, height + 2 * pad[0], width + 2 * pad[1]))
+            self._append(Part([op], None))
+        return name
+
+    def _shape(self, op: Operation) -> Shape:
+        channels, height, width = self.shapes[op.inputs[0]]
+        if isinstance(op, Convolve):
+            conv = op.conv
+            pad = (0, 0) if self.program.weights[op.output].of_images else conv.padding
+            size = out_size((height, width), conv.kernel_size, pad, conv.stride, conv.dilation)
+            return Shape(conv.out_channels, *size)
+        if isinstance(op, Pool):
+            return Shape(channels + op.extra_channels, *out_size((height, width), *op.window))
+        return Shape(channels, height, width)
+
+    def _zeros(self, name: str) -> Tensor:
+        return torch.zeros(1, *self.shapes[name], dtype=self.dtype)
+
+    def _called(self, op: Call, found: dict[str, Any], gates: Sequence[Tensor]) -> Any:
+        return op.run(self.program.trace, found, gates)
+
+    # -------------------------------------------------------------------------------------------------- table
+
+    def _row(self, op: Operation) -> dict[str, int]:
+        row = dict.fromkeys(OPERATIONS.names or (), 0)
+        row.update(output=self.numbers[op.output], residual=-1)
+        row['input'] = self.numbers[op.inputs[0]] if op.inputs else -1
+        if isinstance(op, Convolve):
+            conv, weight = op.conv, self.program.weights[op.output]
+            pad = (0, 0) if weight.of_images else conv.padding
+            row.update(kind=CONVOLVE, **_geometry(conv.kernel_size, pad, conv.stride, conv.dilation))
+            row.update(span=weight.span, relu=int(op.relu), weight_bytes=weight.blocks.nbytes)
+            row.update(weight=weight.blocks.data_ptr(), bias=weight.bias.data_ptr())
+            if weight.span > 1:
+                row['kernel_width'] = 1
+            if op.residual:
+                row['residual'] = self.numbers[op.residual]
+        elif isinstance(op, Pool):
+            row.update(kind=POOL, **_geometry(*op.window))
+        elif isinstance(op, Load):
+            row.update(kind=LOAD, pad_height=op.pad[0], pad_width=op.pad[1], span=self.shapes[self.image].channels)
+        else:
+            row['kind'] = SCALE if isinstance(op, Scale) else WIDEN
+        return row
+
+    def _times(self) -> dict[str, tuple[int, int]]:
+        """When each value is written and last read, in parts and calls."""
+        times: dict[str, tuple[int, int]] = {}
+        flat = [part for step in self.steps for part in (step if isinstance(step, list) else [step])]
+        for time, step in enumerate(flat):
+            for op in step.operations if isinstance(step, Part) else [step]:
+                for name in (*reads_of(op), op.output):
+                    times[name] = (times.get(name, (time, time))[0], time)
+        return times
+
+    def _place(self) -> None:
+        """Decide where values lie: in memory of torch, or at an offset that they share with values of other times."""
+        by_torch = {step.output for step in self.steps if isinstance(step, Call) and not step.each}
+        times = self._times()
+        table = self.table = np.zeros(len(self.values), dtype=VALUES)
+        size = self.dtype.itemsize
+        taken: list[tuple[int, int, int, int]] = []  # first and last time, start and end
+        self.outside = [i for i, name in enumerate(self.values) if name in by_torch or name in self.wanted]
+        for i, name in enumerate(self.values):
+            channels, height, width = self.shapes[name]
+            layer = self.layers[name]
+            image_bytes = height * width * _round_up(channels, self.pair) * size
+            table[i] = (0, image_bytes, height, width, channels, -1 if layer is None else layer)
+            if i in self.outside:
+                continue
+            begin, end = times[name]
+            length = _round_up(image_bytes * self.batch + SLACK, 64)
+            start = 0
+            for _, _, low, high in sorted((t for t in taken if t[0] <= end and t[1] >= begin), key=lambda t: t[2]):
+                if start + length <= low:
+                    break
+                start = max(start, high)
+            taken.append((begin, end, start, start + length))
+            table[i]['data'] = start
+        self.inside = np.array([i not in self.outside for i in range(len(self.values))])
+        self.arena_bytes = max((high for *_, high in taken), default=0)
+        gathered = [
+            int(row['weight_bytes'])
+            for row in self.operations
+            if row['kind'] == CONVOLVE
+            and (table['layer'][row['output']] >= 0 or (self.pair > 1 and table['layer'][row['input']] >= 0))
+        ]
+        self.pack_bytes = _round_up(max(gathered, default=0) + SLACK, 4096)
+
+    # ------------------------------------------------------------------------------------------------- groups
+
+    def _alone(self) -> 'Groups':
+        """Each image by itself."""
+        each = [[image] for image in range(self.batch)]
+        return Groups(self, [each if part.segment else [] for part in self.parts], None)
+
+    def _choose_groups(self, kept: np.ndarray) -> 'Groups':
+        """Images that run together in each part: those that share so much that one gather for all of them pays."""
+        if self.separate:
+            return self._alone()
+        starts = self.program.layer_starts
+        chosen: list[list[list[int]]] = []
+        for part in self.parts:
+            if part.segment is None:
+                chosen.append([])
+                continue
+            layers = range(part.segment.layers.start, part.segment.layers.stop)
+            masks = [kept[:, starts[layer] : starts[layer + 1]] for layer in layers]
+            entry = self.shapes[part.operations[0].inputs[0]]
+            chosen.append(partition(part.segment, masks, entry.height * entry.width))
+        return Groups(self, chosen, kept)
+
+    # ---------------------------------------------------------------------------------------------------- run
+
+    def run(self, x: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
+        """The wanted values, in order."""
+        program = self.program
+        packed = torch.cat(list(gates), 1).float().contiguous() if gates else x.new_zeros(len(x), 0)
+        kept = (packed > 0).numpy()
+        counts = np.zeros((len(x), 0), dtype=np.int64)
+        if len(program.widths):
+            counts = np.add.reduceat(kept, program.layer_starts[:-1], axis=1, dtype=np.int64)
+            many = counts > program.most_kept
+            if many.any():
+                kept = kept | np.repeat(many, program.widths, axis=1)
+                counts = np.where(many, program.widths, counts)
+        groups = self.groups or self._choose_groups(kept)
+        masks = groups.masks(kept)
+        threads = torch.get_num_threads()
+        rooms_bytes = max(2, threads) * self.pack_bytes
+        memory = _rooms.take(64 + self.arena_bytes + rooms_bytes + groups.lists_bytes)
+        start = _round_up(memory.data_ptr(), 64)
+        rooms = start + self.arena_bytes
+        values = self.table.copy()
+        values['data'][self.inside] += start
+        found: dict[str, Any] = {self.image: x}
+        for i in self.outside:
+            if self.values[i] in self.wanted:
+                found[self.values[i]] = self._allocate(self.values[i], values[i])
+        table = groups.table.copy()
+        table['lists'] += rooms + rooms_bytes
+        table['masks'] += masks.ctypes.data
+        header = _Header(
+            values=values.ctypes.data,
+            operations=self.operations.ctypes.data,
+            groups=table.ctypes.data,
+            num_groups=len(table),
+            images=groups.images.ctypes.data,
+            layer_starts=program.layer_starts.ctypes.data,
+            num_layers=len(program.widths),
+            gates=packed.data_ptr(),
+            source=x.data_ptr(),
+            source_strides=x.stride(),
+            rooms=rooms,
+            room_bytes=self.pack_bytes,
+            pack_bytes=self.pack_bytes,
+            num_threads=threads,
+            is_bfloat16=self.pair == 2,
+        )
+        first = 0
+        for step in self.steps:
+            if isinstance(step, Call):
+                self._call(step, found, values, memory, start, gates, counts)
+                continue
+            header.parts = groups.parts[first:].ctypes.data
+            header.num_parts = len(step)
+            first += len(step)
+            _run(program.library, header)
+        return [found[name] for name in self.wanted]
+
+    def _allocate(self, name: str, row: Any) -> Tensor:
+        channels, height, width = self.shapes[name]
+        memory = torch.empty(self.batch, height, width, _round_up(channels, self.pair), dtype=self.dtype)
+        row['data'] = memory.data_ptr()
+        return memory.permute(0, 3, 1, 2)[:, :channels]
+
+    def _view(self, name: str, memory: Tensor, start: int) -> Tensor:
+        """A value in planned memory as a tensor."""
+        channels, height, width = self.shapes[name]
+        pitch = _round_up(channels, self.pair)
+        offset = start - memory.data_ptr() + int(self.table['data'][self.numbers[name]])
+        count = self.batch * height * width * pitch
+        flat = memory[offset : offset + count * self.dtype.itemsize].view(self.dtype)
+        return flat.view(self.batch, height, width, pitch).permute(0, 3, 1, 2)[:, :channels]
+
+    def _call(
+        self,
+        op: Call,
+        found: dict[str, Any],
+        values: np.ndarray,
+        memory: Tensor,
+        start: int,
+        gates: Sequence[Tensor],
+        counts: np.ndarray,
+    ) -> None:
+        """Let torch run an operation."""
+        inputs = {n: found[n] if n in found else self._view(n, memory, start) for n in op.inputs}
+        if op.each:
+            self._call_each(op, next(iter(inputs.values())), self._view(op.output, memory, start), counts)
+            return
+        result = self._called(op, inputs, gates)
+        number = self.numbers.get(op.output)
+        if number is None:
+            found[op.output] = result
+            return
+        values[number]['data'] = 0
+        kept = self._allocate(
+            op.output, values[number]
+        )  # in the order that native code reads, and nobody else's memory
+        kept.copy_(result)
+        found[op.output] = kept
+
+    def _call_each(self, op: Call, source: Tensor, target: Tensor, counts: np.ndarray) -> None:
+        """The same image by image, on kept channels only."""
+        for image, count in enumerate(counts[:, op.layer].tolist()):
+            given, written = (_compact(value, image, count, self.pair) for value in (source, target))
+            written.zero_()
+            written[:, :count] = op.function(given[:, :count])
+
+
+def _compact(value: Tensor, image: int, count: int, pair: int) -> Tensor:
+    """The memory of one image of a value (B, C, H, W), filled with so many channels, (1, C', H, W)."""
+    _, _, height, width = value.shape
+    pitch = _round_up(count, pair)
+    strides = (1, 1, width * pitch, pitch)
+    return value.as_strided((1, pitch, height, width), strides, value.storage_offset() + image * value.stride(0))
+
+
+class Groups:
+    """Which images run together in each part, as native code reads it.
+
+    Args:
+        schedule: of the images.
+        chosen: for each part the images of each group; none for a part without gates, which all images run together.
+        kept: which experts each image keeps; None if there is one image.
+
+    Attributes:
+        images: all groups' images.
+        table: of the groups; addresses are offsets.
+        parts: of the schedule.
+        lists_bytes: memory for what native code lists of kept channels.
+    """
+
+    def __init__(self, schedule: Schedule, chosen: Sequence[Sequence[Sequence[int]]], kept: np.ndarray | None) -> None:
+        batch, program = schedule.batch, schedule.program
+        images = list(range(batch))
+        rows = [(0, batch, 0, 0, 0, 0, 0)]
+        parts = []
+        self.unions: list[np.ndarray] = []
+        self.lists_bytes = 0
+        experts = int(program.layer_starts[-1])
+        first = last = 0
+        for part, groups in zip(schedule.parts, chosen, strict=True):
+            first, last = last, last + len(part.operations)
+            if part.segment is None:
+                parts.append((first, last, 1, 0, 0))
+                continue
+            activations = sum(math.prod(schedule.shapes[op.output]) for op in part.operations)
+            # With more activations than weights, a group does best to go through all operations before the next.
+            parts.append((first, last, len(groups), len(rows), int(activations > part.weights)))
+            layers = part.segment.layers
+            begin, end = int(program.layer_starts[layers.start]), int(program.layer_starts[layers.stop])
+            needs = _round_up((layers.stop - layers.start) * KEPT_BYTES + (end - begin + 2) * (4 + MOVE_BYTES), 64)
+            for group in groups:
+                row = group[0]
+                if len(group) > 1:
+                    assert kept is not None
+                    row = batch + len(self.unions)
+                    self.unions.append(np.asarray(kept[list(group)].any(0)))
+                rows.append(
+                    (
+                        len(images),
+                        len(group),
+                        layers.start,
+                        layers.stop - layers.start,
+                        row * experts + begin,
+                        self.lists_bytes,
+                        needs,
+                    )
+                )
+                images += group
+                self.lists_bytes += needs
+        self.images = np.array(images, dtype=np.int64)
+        self.table = np.array(rows, dtype=GROUPS)
+        self.parts = np.array(parts, dtype=PARTS)
+
+    def masks(self, kept: np.ndarray) -> np.ndarray:
+        """What the groups' offsets count in: which experts images keep, and groups of several."""
+        return np.ascontiguousarray(np.concatenate([kept, np.stack(self.unions)]) if self.unions else kept)
+
+
+def _run(library: Any, header: _Header) -> None:
+    """Run the native program on torch's threads."""
+    openmp = build.openmp()
+    header.thread_number = build.address_of(openmp.omp_get_thread_num)
+    if header.num_threads == 1:
+        library.deepmoe_run(ctypes.byref(header))
+    else:
+        entry = build.address_of(library.deepmoe_run)
+        openmp.GOMP_parallel(entry, ctypes.byref(header), header.num_threads, 0)
+
+
+def _geometry(
+    kernel: tuple[int, int], pad: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> dict[str, int]:
+    pairs = {'kernel': kernel, 'pad': pad, 'stride': stride, 'dilation': dilation}
+    return {f'{name}_{side}': pair[i] for name, pair in pairs.items() for i, side in enumerate(('height', 'width'))}

@@ -1,0 +1,359 @@
+"""From a network to the operations that sparse execution runs: a trace, in which what belongs together is fused.
+
+The trace is torch.fx's of the network's own `forward_features`; where gates sit is what the trace shows, so that a new
+family of networks needs nothing here. A convolution takes up its norm, its ReLU, its gate and the residual sum behind
+it. What has no operation of its own stays a `Call` and runs as it is.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import BlurPool2d, DropBlock2d, DropPath
+from torch import Tensor, fx, nn
+
+from ..activation import GatedActivation
+from ..plain import BATCH_NORMS, is_plain
+from .fold import eval_view, fold_norm
+
+NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d, DropPath)
+"""What does nothing in evaluation mode."""
+ELEMENTWISE = (nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.Hardswish, nn.Mish, nn.Softplus, nn.Tanh)
+"""What maps every number by itself."""
+CHANNELWISE = (nn.AvgPool2d, nn.MaxPool2d, BlurPool2d)
+"""What maps every channel by itself, and zeros to zeros."""
+
+
+@dataclasses.dataclass
+class Operation:
+    """One operation; values are known by the names of the nodes in the trace.
+
+    Attributes:
+        inputs: the values that it reads.
+        output: the value that it writes.
+        layer: the gated layer whose kept channels the output holds; None: all channels.
+    """
+
+    modules: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold modules of the network."""
+
+    inputs: list[str]
+    output: str
+    layer: int | None = None
+
+
+@dataclasses.dataclass
+class Convolve(Operation):
+    """`relu(norm(conv(x)) + residual) * gate`, each but the convolution only if there is one.
+
+    With a gate but no ReLU, the gate is left to a `Scale` that follows.
+    """
+
+    modules = ('conv', 'norm')
+
+    conv: Any = None
+    norm: nn.Module | None = None
+    residual: str | None = None
+    relu: bool = False
+
+
+@dataclasses.dataclass
+class Pool(Operation):
+    """The largest value under a kernel; channels behind those of the input are zero.
+
+    Attributes:
+        window: kernel, padding, stride and dilation, each (vertical, horizontal).
+        extra_channels: how many more than the input the output has.
+    """
+
+    window: tuple[tuple[int, int], ...] = ()
+    extra_channels: int = 0
+
+
+@dataclasses.dataclass
+class Scale(Operation):
+    """Kept channels times their gates."""
+
+
+@dataclasses.dataclass
+class Call(Operation):
+    """Anything else, by torch.
+
+    Attributes:
+        function: what is called.
+        arguments: its positional arguments and keywords, nodes in them standing for their values.
+        each: called for the kept channels of each image rather than for all channels of all images.
+    """
+
+    modules = ('function',)
+
+    function: Callable[..., Any] = operator.pos
+    arguments: tuple[Any, Any] = ((), {})
+    each: bool = False
+
+    def run(self, trace: 'Trace', values: dict[str, Any], gates: Sequence[Tensor]) -> Any:
+        """What it returns for these values of its inputs, and gates of all layers."""
+
+        def value(node: fx.Node) -> Any:
+            if node.name in trace.gates:
+                return gates[trace.gates[node.name]]
+            name = trace.names[node]
+            return values[name] if name in values else values[f'{name}_widened']
+
+        args, kwargs = fx.map_arg(self.arguments, value)
+        return self.function(*args, **kwargs)
+
+    def reading(self, inputs: list[str]) -> 'Call':
+        """The same on other values."""
+        return dataclasses.replace(self, inputs=inputs)
+
+
+@dataclasses.dataclass
+class Trace:
+    """The operations of a network, in order.
+
+    Attributes:
+        operations: as they run.
+        image: the value that holds the images.
+        result: the value of `forward_features`.
+        taps: module name to the value that is there when the module has run, of those that `feature_info` names.
+        names: the value of each node.
+        gates: node to the gated layer whose gates it stands for.
+        view: of the network, whose modules the operations hold.
+    """
+
+    operations: list[Operation]
+    image: str
+    result: str
+    taps: dict[str, str]
+    names: dict[fx.Node, str]
+    gates: dict[str, int]
+    view: Any
+
+    def on(self, view: Any) -> 'Trace':
+        """The same trace on another view of the network."""
+        paths = {module: path for path, module in self.view.named_modules()}
+
+        def moved(part: Any) -> Any:
+            if isinstance(part, _Attribute):
+                return _Attribute(view, part.name)
+            return view.get_submodule(paths[part]) if isinstance(part, nn.Module) else part
+
+        operations = [
+            dataclasses.replace(op, **{name: moved(getattr(op, name)) for name in op.modules}) for op in self.operations
+        ]
+        return dataclasses.replace(self, operations=operations, view=view)
+
+
+@dataclasses.dataclass
+class _Attribute:
+    """Reads a tensor of a network."""
+
+    view: Any
+    name: str
+
+    def __call__(self) -> Any:
+        return operator.attrgetter(self.name)(self.view)
+
+
+class _Gates(nn.Module):
+    """Stands in for the gating network while the network is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _Tracer(fx.Tracer):
+    """Looks into modules only as far as gates sit inside."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        has_gates = any(isinstance(part, GatedActivation) for part in module.modules())
+        return not isinstance(module, nn.Sequential) and (not has_gates or isinstance(module, GatedActivation))
+
+
+def trace(network: Any) -> Trace:
+    """Trace the `forward_features` of a gated network.
+
+    Raises:
+        ValueError: a norm under a gate cannot be folded.
+    """
+    for layer in network.expert_layers:
+        conv = network.get_submodule(layer.conv)
+        if layer.norm:
+            fold_norm(conv, network.get_submodule(layer.norm))
+    view: Any = eval_view(network)
+    view.gating = _Gates()
+    view.grad_checkpointing = False
+    tracer = _Tracer()
+    tracer.traced_func_name = 'forward_features'
+    return _Lowering(view, tracer.trace(view)).lower()
+
+
+class _Lowering:
+    """One walk over a trace.
+
+    A convolution is held back, `pending`, until nothing more can be fused into it.
+    """
+
+    def __init__(self, view: Any, graph: fx.Graph) -> None:
+        self.view, self.nodes = view, list(graph.nodes)
+        self.operations: list[Operation] = []
+        self.pending: dict[str, Convolve] = {}
+        self.names: dict[fx.Node, str] = {}  # the value of each node
+        self.layers: dict[str, int | None] = {}
+        self.gates: dict[str, int] = {}
+        self.gating: fx.Node | None = None
+        self.taps = self._taps()
+        self.tapped = set(self.taps.values())
+
+    def lower(self) -> Trace:
+        image = next(node.name for node in self.nodes if node.op == 'placeholder')
+        result = ''
+        for node in self.nodes:
+            self.names[node] = node.name
+            if node.op == 'output':
+                result = self._value(node.args[0])
+            elif node.op != 'placeholder' and not self._is_gate(node):
+                self._lower(node)
+        taps = {module: self._value(node) for module, node in self.taps.items()}
+        return Trace(self.operations, image, result, taps, self.names, self.gates, self.view)
+
+    def _taps(self) -> dict[str, fx.Node]:
+        """The last node of each module whose output is a feature."""
+        wanted = {info['module'] for info in self.view.feature_info}
+        found: dict[str, fx.Node] = {}
+        for node in self.nodes:
+            for path in node.meta.get('nn_module_stack') or {}:
+                if path in wanted and 'getitem' not in node.name:
+                    found[path] = node
+        return found
+
+    def _is_gate(self, node: fx.Node) -> bool:
+        if node.op == 'call_module' and node.target == 'gating':
+            self.gating = node
+        elif node.op == 'call_function' and node.target is operator.getitem and node.args[0] is self.gating:
+            self.gates[node.name] = node.args[1]  # type: ignore[assignment]
+        else:
+            return False
+        return True
+
+    def _value(self, node: Any) -> str:
+        """The value of a node, there from here on."""
+        name = self.names[node]
+        if name in self.pending:
+            self._emit(self.pending.pop(name))
+        return name
+
+    def _emit(self, operation: Operation) -> None:
+        self.operations.append(operation)
+        self.layers[operation.output] = operation.layer
+
+    def _fusible(self, node: Any) -> Convolve | None:
+        """The convolution that a node ends with, if nobody else reads the node."""
+        if not isinstance(node, fx.Node) or len(node.users) > 1 or node in self.tapped:
+            return None
+        return self.pending.get(self.names[node])
+
+    def _extend(self, node: fx.Node, conv: Convolve, **changes: Any) -> None:
+        """Let a pending convolution end with this node."""
+        del self.pending[conv.output]
+        self.pending[node.name] = dataclasses.replace(conv, output=node.name, **changes)
+
+    def _lower(self, node: fx.Node) -> None:
+        module: Any = self.view.get_submodule(node.target) if node.op == 'call_module' else None
+        first: Any = node.args[0] if node.args else None
+        conv = self._fusible(first)
+        if is_plain(module, *NOTHING):
+            if node in self.tapped or len(node.users) > 1 or conv is None:
+                self.names[node] = self._value(first)
+            else:
+                self._extend(node, conv)
+        elif _is_convolution(module):
+            self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
+        elif module is not None and conv is not None and conv.norm is None and _is_norm(module, conv):
+            self._extend(node, conv, norm=module)
+        elif is_plain(module, GatedActivation):
+            assert isinstance(module, GatedActivation)
+            self._gate(node, module, conv)
+        elif is_plain(module, nn.ReLU) and conv is not None and not conv.relu:
+            self._extend(node, conv, relu=True)
+        elif node.op == 'call_function' and node.target in (operator.add, operator.iadd, torch.add):
+            self._add(node)
+        elif is_plain(module, nn.MaxPool2d) and not module.ceil_mode and not module.return_indices:
+            window = tuple(map(_pair, (module.kernel_size, module.padding, module.stride, module.dilation)))
+            value = self._value(first)
+            self._emit(Pool([value], node.name, self.layers.get(value), window=window))
+        elif module is not None and hasattr(module, 'extra_channels') and self.layers.get(self._value(first)) is None:
+            window = ((1, 1), (0, 0), _pair(module.stride), (1, 1))
+            self._emit(Pool([self._value(first)], node.name, window=window, extra_channels=module.extra_channels))
+        else:
+            self._call(node, module)
+
+    def _gate(self, node: fx.Node, module: GatedActivation, conv: Convolve | None) -> None:
+        gate: Any = node.args[1]
+        layer = self.gates[gate.name]
+        if conv is None or conv.relu or conv.residual is not None:
+            self._call(node, module)
+        elif is_plain(module.act, nn.ReLU):
+            self._extend(node, conv, relu=True, layer=layer)
+        elif is_plain(module.act, *ELEMENTWISE):
+            value = self._value(node.args[0])
+            self.operations[-1].layer = self.layers[value] = layer
+            active = f'{node.name}_active'
+            self._emit(Call([value], active, layer, module.act, ((node.args[0],), {}), each=True))
+            self._emit(Scale([active], node.name, layer))
+        else:
+            self._call(node, module)
+
+    def _add(self, node: fx.Node) -> None:
+        operands = node.args
+        for mine, other in (operands, operands[::-1]):
+            conv = self._fusible(mine)
+            free = conv is not None and not conv.relu and conv.residual is None and conv.layer is None
+            if conv is None or not free or not isinstance(other, fx.Node) or node.kwargs:
+                continue
+            residual = self._value(other)
+            if self.layers.get(residual) is None and residual != conv.output:
+                return self._extend(node, conv, residual=residual)
+        self._call(node, None)
+
+    def _call(self, node: fx.Node, module: nn.Module | None) -> None:
+        function: Any = module if module is not None else node.target
+        if node.op == 'call_method':
+            name = str(node.target)
+            function = lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)  # noqa: E731
+        elif node.op == 'get_attr':
+            attribute = str(node.target)
+            function = _Attribute(self.view, attribute)
+        inputs = [self._value(part) for part in node.all_input_nodes if part.name not in self.gates]
+        if getattr(getattr(module, 'act', module), 'inplace', False):  # who reads what it overwrites reads it before
+            for name in [name for name, conv in self.pending.items() if {*conv.inputs, conv.residual} & {*inputs}]:
+                self._emit(self.pending.pop(name))
+        layers = {self.layers.get(value) for value in inputs}
+        layer = layers.pop() if len(layers) == 1 and len(inputs) == 1 else None
+        each = layer is not None and is_plain(module, *CHANNELWISE)
+        if isinstance(module, BlurPool2d) and module.channels is not None:
+            each = False
+        self._emit(Call(inputs, node.name, layer if each else None, function, (node.args, node.kwargs), each))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _is_convolution(module: Any) -> bool:
+    """Whether a module is a convolution that has an operation of its own."""
+    return (
+        is_plain(module, nn.Conv2d)
+        and module.groups == 1
+        and module.padding_mode == 'zeros'
+        and not isinstance(module.padding, str)
+    )
+
+
+def _is_norm(module: Any, conv: Convolve) -> bool:
+    """Whether a module is a norm that can be folded into the convolution before it."""
+    follows = not conv.relu and conv.residual is None and conv.layer is None
+    return follows and is_plain(module, *BATCH_NORMS) and module.running_mean is not None
