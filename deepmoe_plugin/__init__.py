@@ -12,7 +12,7 @@ from .chosen import ChosenExperts, chosen_experts
 from .gating import GatingConfig
 from .losses import DeepMoELoss
 from .macs import MacsReport, count_macs
-from .models import deepmoe_resnet, deepmoe_vgg, specialised_moe, stacked_moe
+from .models import deepmoe_convnext, deepmoe_resnet, deepmoe_vgg, specialised_moe, stacked_moe
 from .network import DeepMoE, find_deepmoe, freeze_gating, unfreeze_gating
 from .pruning import Pruning, prune
 from .stats import GateStatistics, gate_statistics
@@ -33,6 +33,7 @@ __all__ = [
     '__version__',
     'chosen_experts',
     'count_macs',
+    'deepmoe_convnext',
     'deepmoe_resnet',
     'deepmoe_vgg',
     'find_deepmoe',

@@ -20,25 +20,26 @@ class _Gate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, relu: bool) -> Tensor:
-        scale = gate.to(x.dtype)[:, :, None, None]
+    def forward(ctx: Any, x: Tensor, gate: Tensor, relu: bool, channels_last: bool) -> Tensor:
+        scale = spread(gate.to(x.dtype), channels_last)
         if relu:
             y = x.relu_().mul_(scale)
             ctx.mark_dirty(x)
         else:  # other activations may need their output in their own backward pass
             y = x * scale
         ctx.save_for_backward(y, gate)
-        ctx.relu = relu
+        ctx.relu, ctx.channels_last = relu, channels_last
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
         y, gate = ctx.saved_tensors
-        scale = gate.to(grad.dtype)[:, :, None, None]
+        scale = spread(gate.to(grad.dtype), ctx.channels_last)
         product = grad * y
         is_kept = gate > 0
-        grad_gate = product.sum((2, 3), dtype=gate.dtype) / torch.where(is_kept, gate, 1)
+        positions = (1, 2) if ctx.channels_last else (2, 3)
+        grad_gate = product.sum(positions, dtype=gate.dtype) / torch.where(is_kept, gate, 1)
         grad_gate = torch.where(is_kept, grad_gate, 0)
         # Nobody reads the product any more: the gradient of x reuses its memory, unless this pass is itself recorded.
         buffer = None if torch.is_grad_enabled() or is_traced(grad) else product
@@ -48,7 +49,7 @@ class _Gate(torch.autograd.Function):
                 grad_x = torch.ops.aten.threshold_backward(grad_x, y, 0)
             else:
                 torch.ops.aten.threshold_backward.grad_input(grad_x, y, 0, grad_input=grad_x)
-        return grad_x, grad_gate, None
+        return grad_x, grad_gate, None, None
 
 
 @register_notrace_module
@@ -61,22 +62,29 @@ class GatedActivation(nn.Module):
 
     Args:
         act: the base network's activation; ReLU takes the fastest path, any other works.
+        channels_last: maps have the shape (B, H, W, C), as between linear layers, and not (B, C, H, W).
         trains_closed: closed gates have a gradient too, which needs the ungated activation: one more map in memory.
     """
 
-    def __init__(self, act: nn.Module, trains_closed: bool = False) -> None:
+    def __init__(self, act: nn.Module, channels_last: bool = False, trains_closed: bool = False) -> None:
         super().__init__()
         self.act = act
+        self.channels_last = channels_last
         self.trains_closed = trains_closed
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Map `(B, C, H, W)` and gates `(B, C)` to the gated `(B, C, H, W)`; overwrites `x`."""
+        """Map a map `x` and gates `(B, C)` to the gated map; overwrites `x`."""
         gate = given(gate)
         if is_traced(x) or (self.trains_closed and gate.requires_grad):
-            return self.act(x) * gate.to(x.dtype)[:, :, None, None]
+            return self.act(x) * spread(gate.to(x.dtype), self.channels_last)
         if is_plain(self.act, nn.ReLU):
-            return _Gate.apply(x, gate, True)
-        return _Gate.apply(self.act(x), gate, False)
+            return _Gate.apply(x, gate, True, self.channels_last)
+        return _Gate.apply(self.act(x), gate, False, self.channels_last)
+
+
+def spread(gate: Tensor, channels_last: bool) -> Tensor:
+    """Gates (B, C) as they multiply maps (B, H, W, C) with `channels_last`, or (B, C, H, W)."""
+    return gate[:, None, None] if channels_last else gate[:, :, None, None]
 
 
 def given(gates: Gates | None) -> Gates:

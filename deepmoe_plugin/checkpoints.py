@@ -23,8 +23,18 @@ _RENAMED = {'heads.': 'gates.', 'classifier.': 'class_scores.', 'embedding.fc.':
 _NAMED = 5  # tensors that an error message names
 
 
-def build_with_checks(model_cls: Callable[..., nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def build_with_checks(
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    convert: Callable[..., dict[str, Any]] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     """timm's `build_model_with_cfg`, with a clear error where the file of pretrained weights does not fit.
+
+    Args:
+        model_cls, variant, pretrained, **kwargs: see timm.
+        convert: timm's filter of the base network's checkpoints, from (state dict, model) to the state dict.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -45,6 +55,8 @@ def build_with_checks(model_cls: Callable[..., nn.Module], variant: str, pretrai
 
     def check(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         cfg = _pretrained_cfg(model)
+        if convert is not None:
+            state_dict = convert(state_dict, model)
         rename_old(state_dict)
         check_complete(state_dict, model, source, cfg['architecture'], (f'{cfg["classifier"]}.',))
         if keeps_classifier:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from timm.layers import GlobalResponseNormMlp
+from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
@@ -10,20 +12,27 @@ from .arguments import check_number
 from .gating import GatingNetwork
 from .plain import REMEDY, oddity
 
+Conv = nn.Conv2d | nn.Linear
+
 
 class ExpertLayer(NamedTuple):
     """One gated layer: its experts are the output channels of `conv`, read by nobody but `consumer`.
+
+    Both are convolutions, or linear layers on channels-last maps, (B, H, W, C), which are 1x1 convolutions of these.
 
     Attributes:
         conv, norm, act: dotted module names of the convolution, its norm ('' if none) and its activation, whose
             output the gate multiplies.
         consumer: dotted name of the convolution that reads the gated channels, '' if the network ends there.
+        late_norm: dotted name of a norm between gate and consumer, '' if there is none. It is called with the gates
+            too, and leaves closed experts at zero and out of its statistics.
     """
 
     conv: str
     norm: str
     act: str
     consumer: str
+    late_norm: str = ''
 
 
 class GatedNetwork(nn.Module):
@@ -86,11 +95,25 @@ def block_experts(block: type[nn.Module], bottleneck: str) -> tuple[ExpertLayer,
 
 def resnet_experts(model: nn.Module, bottleneck: str) -> tuple[ExpertLayer, ...]:
     """Gated layers of a timm `ResNet`, in the order in which they run."""
-    found = []
+    found: list[ExpertLayer] = []
     for name, module in model.named_modules():
         if isinstance(module, BasicBlock | Bottleneck):
-            for layer in block_experts(type(module), bottleneck):
-                found += [ExpertLayer(*(f'{name}.{part}' for part in layer))]
+            found += [_inside(name, layer) for layer in block_experts(type(module), bottleneck)]
+    return tuple(found)
+
+
+def _inside(block: str, layer: ExpertLayer) -> ExpertLayer:
+    """The layer with the names that its modules have outside their block."""
+    return ExpertLayer(*(part and f'{block}.{part}' for part in layer))
+
+
+def convnext_experts(model: nn.Module) -> tuple[ExpertLayer, ...]:
+    """Gated layers of a timm `ConvNeXt`, in the order in which they run: the hidden units of each block."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ConvNeXtBlock):
+            late_norm = 'grn' if isinstance(module.mlp, GlobalResponseNormMlp) else ''
+            found.append(_inside(f'{name}.mlp', ExpertLayer('fc1', '', 'act', 'fc2', late_norm)))
     return tuple(found)
 
 
@@ -116,21 +139,32 @@ def expert_widths(model: nn.Module, layers: Sequence[ExpertLayer]) -> list[int]:
     Raises:
         ValueError: something else is in the place of a convolution.
     """
-    return [expert_conv(model, layer.conv).out_channels for layer in layers]
+    return [num_outputs(expert_conv(model, layer.conv)) for layer in layers]
 
 
-def expert_conv(model: nn.Module, name: str) -> nn.Conv2d:
-    """The convolution of this name, one that computes or reads experts.
+def expert_conv(model: nn.Module, name: str) -> Conv:
+    """The convolution or linear layer of this name, one that computes or reads experts.
 
     Raises:
         ValueError: something else is in its place.
     """
     conv = model.get_submodule(name)
-    if not isinstance(conv, nn.Conv2d):
+    if not isinstance(conv, nn.Conv2d | nn.Linear):
         raise ValueError(
-            f'{name} must be a convolution to tell what its experts are, but it {oddity(conv, nn.Conv2d)}: {REMEDY}.'
+            f'{name} must be a convolution or a linear layer to tell what its experts are, but it '
+            f'{oddity(conv, nn.Conv2d, nn.Linear)}: {REMEDY}.'
         )
     return conv
+
+
+def num_outputs(conv: Conv) -> int:
+    """Output channels of a convolution or linear layer."""
+    return conv.out_features if isinstance(conv, nn.Linear) else conv.out_channels
+
+
+def num_inputs(conv: Conv) -> int:
+    """Input channels of a convolution or linear layer."""
+    return conv.in_features if isinstance(conv, nn.Linear) else conv.in_channels
 
 
 def per_layer(widen: float | Sequence[float], num_layers: int) -> list[float]:
@@ -156,43 +190,53 @@ def widen_experts(
     layers: Sequence[ExpertLayer],
     widen: float | Sequence[float],
     norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-) -> None:
+) -> list[ExpertLayer]:
     """Give every gated layer `widen` times its channels; the stream between the blocks stays as it is.
 
     The resized convolutions and norms come with their default initialisation.
 
+    Returns:
+        The resized layers.
+
     Raises:
         ValueError: see `per_layer`; a convolution is not a plain one, so that a wider one would be another.
     """
+    resized = []
     for layer, factor in zip(layers, per_layer(widen, len(layers)), strict=True):
         if factor == 1:
             continue
         conv = expert_conv(model, layer.conv)
-        width = max(1, round(conv.out_channels * factor))
-        model.set_submodule(layer.conv, _resized(conv, conv.in_channels, width))
-        if layer.norm:
+        width = max(1, round(num_outputs(conv) * factor))
+        model.set_submodule(layer.conv, _resized(conv, num_inputs(conv), width))
+        for norm in filter(None, (layer.norm, layer.late_norm)):
             dd = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
-            model.set_submodule(layer.norm, norm_layer(width, **dd))
+            model.set_submodule(norm, norm_layer(width, **dd))
         if layer.consumer:
             consumer = expert_conv(model, layer.consumer)
-            model.set_submodule(layer.consumer, _resized(consumer, width, consumer.out_channels))
+            model.set_submodule(layer.consumer, _resized(consumer, width, num_outputs(consumer)))
+        resized.append(layer)
+    return resized
 
 
-def _resized(conv: nn.Conv2d, in_channels: int, out_channels: int) -> nn.Conv2d:
-    odd = oddity(conv, nn.Conv2d)
-    if odd or conv.groups != 1:
-        raise ValueError(f'widen needs plain convolutions, but one {odd or f"has {conv.groups} groups"}: {REMEDY}.')
+def _resized(conv: Conv, inputs: int, outputs: int) -> Conv:
+    odd = oddity(conv, nn.Conv2d, nn.Linear)
+    if not odd and isinstance(conv, nn.Conv2d) and conv.groups != 1:
+        odd = f'has {conv.groups} groups'
+    if odd:
+        raise ValueError(f'widen needs plain convolutions, but one {odd}: {REMEDY}.')
+    dd: dict[str, Any] = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
+    if isinstance(conv, nn.Linear):
+        return nn.Linear(inputs, outputs, bias=conv.bias is not None, **dd)
     return nn.Conv2d(
-        in_channels,
-        out_channels,
+        inputs,
+        outputs,
         _pair(conv.kernel_size),
         stride=_pair(conv.stride),
         padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
         dilation=_pair(conv.dilation),
         bias=conv.bias is not None,
         padding_mode=conv.padding_mode,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
+        **dd,
     )
 
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from timm.layers import DropBlock2d, DropPath
+from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from .activation import GatedActivation
 from .experts import expert_widths
+from .models.deepmoe_convnext import GatedConvNeXtBlock, GatedMlp, GatedResponseNorm, GatedResponseNormMlp
 from .models.deepmoe_resnet import GatedBasicBlock, GatedBottleneck
 from .models.deepmoe_vgg import GatedFeatures
 from .plain import BATCH_NORMS, REMEDY, is_plain, oddity
@@ -58,6 +60,12 @@ def _found(network: Any) -> Iterator[tuple[str, str]]:
             yield name, oddity(block, GatedBasicBlock, GatedBottleneck)
             for child, module in block.named_children():
                 yield f'{name}.{child}', _odd_in_block(child, module)
+        if isinstance(block, ConvNeXtBlock):
+            yield name, oddity(block, GatedConvNeXtBlock)
+            yield f'{name}.mlp', oddity(block.mlp, GatedMlp, GatedResponseNormMlp)
+            for child, module in block.mlp.named_children():
+                if child != 'act':
+                    yield f'{name}.mlp.{child}', oddity(module, nn.Conv2d, nn.Linear, GatedResponseNorm, *_IDLE)
 
 
 def _odd_in_block(name: str, module: nn.Module) -> str:

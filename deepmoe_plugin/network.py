@@ -38,7 +38,9 @@ class DeepMoE(GatedNetwork, TermSource):
         """
         layers = self.expert_layers
         for layer in layers:
-            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act), config.has_target))
+            channels_last = isinstance(self.get_submodule(layer.conv), nn.Linear)
+            gated = GatedActivation(self.get_submodule(layer.act), channels_last, config.has_target)
+            self.set_submodule(layer.act, gated)
         gating = GatingNetwork(
             config,
             expert_widths(self, layers),
@@ -88,9 +90,9 @@ class DeepMoE(GatedNetwork, TermSource):
             return matcher
         return {**matcher, 'gating': [(r'^gating\.', MATCH_PREV_GROUP)]}
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
         """Replace the classifier, and the embedding's where the model has `L_e`."""
-        super().reset_classifier(num_classes, global_pool)  # type: ignore[misc] # of the base network
+        super().reset_classifier(num_classes, global_pool, **kwargs)  # type: ignore[misc] # of the base network
         self.gating.reset_classifier(num_classes)
         self._table = None
 

@@ -152,7 +152,9 @@ def _without(model: DeepMoE, kept: Sequence[Tensor]) -> DeepMoE:
     for layer, index in zip(model.expert_layers, kept, strict=True):
         conv: Any = smaller.get_submodule(layer.conv)
         _keep(conv, index)
-        conv.out_channels = len(index)
+        setattr(conv, 'out_features' if isinstance(conv, nn.Linear) else 'out_channels', len(index))
+        if layer.late_norm:
+            _keep(smaller.get_submodule(layer.late_norm), index)
         if layer.norm:
             norm: Any = smaller.get_submodule(layer.norm)
             _keep(norm, index)
@@ -160,7 +162,7 @@ def _without(model: DeepMoE, kept: Sequence[Tensor]) -> DeepMoE:
         if layer.consumer:
             consumer: Any = smaller.get_submodule(layer.consumer)
             consumer.weight = _selected(consumer.weight, index, 1)
-            consumer.in_channels = len(index)
+            setattr(consumer, 'in_features' if isinstance(consumer, nn.Linear) else 'in_channels', len(index))
     return smaller
 
 

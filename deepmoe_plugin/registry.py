@@ -6,7 +6,14 @@ such a config needs no `custom_imports`.
 
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='deepmoe_plugin', locations=['deepmoe_plugin.mmseg'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='deepmoe_plugin', locations=['deepmoe_plugin.mmseg'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_CONSTRUCTORS,
+    scope='deepmoe_plugin',
+    locations=['deepmoe_plugin.mmseg'],
+)

@@ -181,16 +181,17 @@ class _Activations:
 
     def __enter__(self) -> '_Activations':
         for i, module in enumerate(self._modules):
-            self._hooks.append(module.register_forward_hook(self._keep(i)))
+            positions = (1, 2) if getattr(module, 'channels_last', False) else (2, 3)
+            self._hooks.append(module.register_forward_hook(self._keep(i, positions)))
         return self
 
     def __exit__(self, *_: Any) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _keep(self, index: int) -> Callable[..., None]:
+    def _keep(self, index: int, positions: tuple[int, int]) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
-            self._found[index] = output.detach().float().square().mean((2, 3)).sqrt()
+            self._found[index] = output.detach().float().square().mean(positions).sqrt()
 
         return hook
 

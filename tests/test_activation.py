@@ -51,6 +51,19 @@ def test_output_and_gradients_are_those_of_the_plain_formula(act):
 
 
 @activations
+@pytest.mark.parametrize('transposed', [False, True])
+def test_channels_last_maps_get_the_same(act, transposed):
+    module, weights = GatedActivation(ACTIVATIONS[act](), channels_last=True), torch.arange(1, 109).view(2, 6, 3, 3)
+    results = []
+    for function in (lambda x, p: module(x.permute(0, 2, 3, 1).clone(), p.relu()).permute(0, 3, 1, 2), gated(act)):
+        x, preact = inputs()
+        x = x.detach().mT.requires_grad_() if transposed else x
+        y = function(x, preact)
+        results.append((y.detach(), *torch.autograd.grad((y * weights).sum(), (x, preact))))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
+@activations
 def test_gradcheck(act):
     assert gradcheck(gated(act), inputs())
 

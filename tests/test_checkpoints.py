@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from small_networks import images, randomise, small
 from timm.models import load_checkpoint, save_for_hf
 
-STRUCTURES = ['basic', 'bottleneck_a', 'cifar', 'vgg', 'vgg_cifar']
+STRUCTURES = ['basic', 'bottleneck_a', 'cifar', 'vgg', 'vgg_cifar', 'convnext', 'convnextv2']
 structures = pytest.mark.parametrize('structure', STRUCTURES)
 formats = pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 
@@ -40,10 +40,11 @@ def test_dense_twin_starts_a_network_with_its_output(structure, suffix, tmp_path
 
 
 @formats
-def test_stock_timm_weights(suffix, tmp_path):
-    twin = randomise(timm.create_model('resnet18')).eval()
-    file = save(twin.state_dict(), tmp_path / f'resnet18{suffix}')
-    model = timm.create_model('narrow_deepmoe_resnet18', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+@pytest.mark.parametrize('name', ['resnet18', 'convnext_atto', 'convnextv2_atto'])
+def test_stock_timm_weights(name, suffix, tmp_path):
+    twin = randomise(timm.create_model(name)).eval()
+    file = save(twin.state_dict(), tmp_path / f'{name}{suffix}')
+    model = timm.create_model(f'narrow_deepmoe_{name}', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
     torch.testing.assert_close(model.eval()(images()), twin(images()), rtol=1e-4, atol=1e-4)
 
 
@@ -51,7 +52,7 @@ def test_stock_timm_weights(suffix, tmp_path):
 def test_gray_images_and_other_classes(structure, tmp_path):
     twin = randomise(small(structure, gated=False))
     model = pretrained(structure, save(twin.state_dict(), tmp_path / 'twin.pth'), in_chans=1, num_classes=4)
-    first = 'features.0.weight' if structure.startswith('vgg') else 'conv1.weight'
+    first = f'{model.default_cfg["first_conv"][0]}.weight'
     torch.testing.assert_close(model.state_dict()[first], twin.state_dict()[first].sum(1, keepdim=True))
     classifier = model.default_cfg['classifier']
     same = {key for key in base_of(model) if key != first and not key.startswith(classifier)}

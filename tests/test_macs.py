@@ -146,6 +146,22 @@ def test_counts_are_those_of_the_gates_that_the_network_uses(structure):
         torch.testing.assert_close(report.by_module[layer.conv].double(), expected, rtol=0, atol=1)
 
 
+def test_convnext_tiny_by_hand():
+    blocks = [(3, 56, 96), (3, 28, 192), (9, 14, 384), (3, 7, 768)]  # number, side of the map, channels
+    hidden = sum(number * side**2 * 2 * 4 * channels**2 for number, side, channels in blocks)
+    depthwise = sum(number * side**2 * 49 * channels for number, side, channels in blocks)
+    stem = 56**2 * 96 * 4 * 4 * 3
+    downsampling = sum(side**2 * channels * (channels // 2) * 2 * 2 for _, side, channels in blocks[1:])
+    model = timm.create_model('narrow_deepmoe_convnext_tiny', device='meta')
+    table = MacsTable(model, (224, 224))
+    assert table.dense(('base',)) == hidden + depthwise + stem + downsampling == 4_454_763_264
+    assert hidden == 4_161_798_144  # 93 %
+    kept = torch.cat([torch.arange(width) < width // 4 for width in table.widths])[None]
+    report = table.report(kept)
+    assert report.by_group['base'].item() == hidden // 4 + depthwise + stem + downsampling
+    assert report.by_group['shortcut'].item() == 0
+
+
 def test_counting_changes_nothing():
     model = randomise(small('cifar', embed_loss_weight=1)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -18,24 +18,32 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 from deepmoe_plugin import count_macs, gating_terms
+from deepmoe_plugin.activation import spread
 from deepmoe_plugin.gating import GatingNetwork
 from deepmoe_plugin.macs import MacsTable
 from deepmoe_plugin.models.deepmoe_vgg import DeepMoEVGG
 
+CONVNEXTS = [
+    f'{version}_{size}'
+    for version in ('convnext', 'convnextv2')
+    for size in ('atto', 'femto', 'pico', 'nano', 'tiny', 'small', 'base')
+]
 GATED = sorted(
     [f'{width}_deepmoe_resnet{depth}' for width in ('wide', 'narrow') for depth in (18, 34, 50, 101)]
     + ['wide_deepmoe_resnet50b']
     + [f'{width}_deepmoe_resnet{depth}_cifar' for width in ('wide', 'narrow') for depth in (20, 32, 56, 110)]
     + [f'{width}_deepmoe_vgg{depth}_bn' for width in ('wide', 'narrow') for depth in (11, 13, 16, 19)]
     + [f'{width}_deepmoe_{net}' for width in ('wide', 'narrow') for net in ('vgg16_cifar', 'drn_a_50')]
+    + [f'{width}_deepmoe_{net}' for width in ('wide', 'narrow') for net in CONVNEXTS]
 )
 DENSE = ['drn_a_50', 'resnet110_cifar', 'resnet20_cifar', 'resnet32_cifar', 'resnet56_cifar', 'vgg16_cifar']
 ALL = sorted(GATED + DENSE)
-HUGE = ['wide_deepmoe_resnet101', *(name for name in GATED if '_vgg' in name and name.endswith('_bn'))]
+HUGE = ['wide_deepmoe_resnet101', *(name for name in GATED if name.endswith(('_bn', '_tiny', '_small', '_base')))]
 AFFORDABLE = [pytest.param(name, marks=pytest.mark.slow) if name in HUGE else name for name in ALL]
 
 structures = pytest.mark.parametrize('structure', SMALL)
 resnets = pytest.mark.parametrize('structure', RESNETS)
+with_blocks = pytest.mark.parametrize('structure', [name for name in SMALL if not name.startswith('vgg')])
 
 
 def meta_model(name, **kwargs):
@@ -59,8 +67,8 @@ def gradients(model):
 
 
 def test_registered_names_are_those_of_the_design():
-    registered = timm.list_models(module='deepmoe_resnet') + timm.list_models(module='deepmoe_vgg')
-    assert sorted(registered) == ALL
+    families = ('deepmoe_resnet', 'deepmoe_vgg', 'deepmoe_convnext')
+    assert sorted(name for family in families for name in timm.list_models(module=family)) == ALL
 
 
 SHORTCUTS_TOO = ('base', 'shortcut', 'head')
@@ -94,6 +102,10 @@ MIDDLE = (*[1] * 5, 2293 / 256, *[1] * 7)
         ('drn_a_50', dict(num_classes=0), (1024, 2048), SHORTCUTS_TOO, '23.508', '797.35'),
         ('wide_deepmoe_drn_a_50', dict(num_classes=0), (1024, 2048), SHORTCUTS_TOO, '66.834', '2260.9'),
         ('wide_deepmoe_drn_a_50', dict(num_classes=0), (1024, 2048), SHORTCUTS_NOT, '66.834', '2168.5'),
+        ('narrow_deepmoe_convnext_tiny', {}, (224, 224), ('base',), '28.589', '4.455'),
+        ('wide_deepmoe_convnext_tiny', {}, (224, 224), ('base',), '54.494', '8.617'),
+        ('narrow_deepmoe_convnext_base', {}, (224, 224), ('base',), '88.591', '15.354'),
+        ('narrow_deepmoe_convnextv2_tiny', {}, (224, 224), ('base',), '28.635', '4.455'),
     ],
 )
 def test_parameters_and_macs_are_those_of_the_design(name, kwargs, size, groups, params, gmacs):
@@ -281,7 +293,7 @@ def test_gray_images(structure):
         model(images())
 
 
-@pytest.mark.parametrize('structure', ['basic', 'bottleneck_a', 'bottleneck_b'])
+@pytest.mark.parametrize('structure', ['basic', 'bottleneck_a', 'bottleneck_b', 'convnext'])
 @pytest.mark.parametrize('stride', [8, 16, 32])
 def test_output_stride(structure, stride):
     model = randomise(small(structure, output_stride=stride)).eval()
@@ -304,8 +316,17 @@ def test_dropout_before_the_classifier(structure):
     torch.testing.assert_close(model(images()), model(images()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('structure', ['basic', 'bottleneck_a'])
-@pytest.mark.parametrize('kind', ['drop_path_rate', 'drop_block_rate'])
+@pytest.mark.parametrize(
+    ('structure', 'kind'),
+    [
+        *(
+            (structure, kind)
+            for structure in ('basic', 'bottleneck_a')
+            for kind in ('drop_path_rate', 'drop_block_rate')
+        ),
+        *((structure, 'drop_path_rate') for structure in ('convnext', 'convnext_conv', 'convnextv2')),
+    ],
+)
 def test_stochastic_depth_and_drop_block(structure, kind):
     rate = {'drop_path_rate': 0.6, 'drop_block_rate': 0.3}[kind]
     model = randomise(small(structure, **{kind: rate}))
@@ -333,7 +354,7 @@ def test_layer_wise_learning_rate_decay(structure):
     assert scale.keys() == set(names.values())
     # New, randomly initialised parameters learn at the full rate; the stem at the lowest.
     assert {scale[name] for name in scale if name.startswith('gating.')} == {1.0}
-    first = 'features.0.weight' if structure.startswith('vgg') else 'conv1.weight'
+    first = f'{model.default_cfg["first_conv"][0]}.weight'
     assert scale[first] == min(scale.values()) < 1
     assert decay['gating.gates.weight'] == 0
     assert decay[first] == decay['gating.embedding.layers.0.conv.weight'] == 0.05
@@ -348,15 +369,16 @@ def test_timm_optimizers_leave_the_gate_heads_undecayed(structure):
     assert id(model.get_classifier().weight) in decayed
 
 
-@resnets
+@with_blocks
 def test_gradient_checkpointing_changes_nothing_but_memory(structure):
     calls = []
-    model = randomise(small(structure))
+    # With a block or two in each stage, the parts without checkpoints are most of a small ConvNeXt.
+    model = randomise(small(structure, **(dict(depths=(3, 3, 3, 3)) if structure.startswith('convnext') else {})))
     model.gating.register_forward_hook(lambda *_: calls.append(1))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.0
-    x = images()
+    x = images(size=64)
     expected = model(x)
     expected.square().sum().backward()
     plain = gradients(model)
@@ -540,7 +562,7 @@ def test_quantization_observers_are_inserted():
     torch.testing.assert_close(prepared(images()), model(images()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('structure', ['cifar', 'vgg_cifar'])
+@pytest.mark.parametrize('structure', ['cifar', 'vgg_cifar', 'convnextv2'])
 def test_gradients_of_each_image_by_function_transforms(structure):
     model, target = randomise(small(structure)).eval(), torch.tensor([1, 2])
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -590,7 +612,7 @@ def test_calling_the_parts_one_by_one_names_what_works(structure):
         listed(images())
 
 
-@pytest.mark.parametrize('structure', ['bottleneck_a', 'cifar', 'vgg'])
+@pytest.mark.parametrize('structure', ['bottleneck_a', 'cifar', 'vgg', 'convnextv2'])
 def test_compile_forward_and_training_step(structure):
     from deepmoe_plugin import DeepMoELoss
 
@@ -649,6 +671,7 @@ TWINS = [
     *((f'{w}_deepmoe_resnet{d}_cifar', f'resnet{d}_cifar', {}) for w in ('narrow',) for d in (20, 32, 56, 110)),
     ('narrow_deepmoe_vgg16_cifar', 'vgg16_cifar', {}),
     ('narrow_deepmoe_drn_a_50', 'drn_a_50', {}),
+    *((f'narrow_deepmoe_{name}', name, {}) for name in CONVNEXTS),
 ]
 
 
@@ -671,6 +694,10 @@ def test_state_dict_keys_are_the_dense_twins_plus_gating(name, twin, kwargs):
         ('narrow_deepmoe_drn_a_50', 'resnet50', dict(output_stride=8)),
         ('narrow_deepmoe_resnet20_cifar', 'resnet20_cifar', {}),
         ('narrow_deepmoe_vgg16_cifar', 'vgg16_cifar', {}),
+        ('narrow_deepmoe_convnext_atto', 'convnext_atto', {}),
+        ('narrow_deepmoe_convnext_atto', 'convnext_atto', dict(conv_mlp=False)),
+        ('narrow_deepmoe_convnextv2_atto', 'convnextv2_atto', {}),
+        ('narrow_deepmoe_convnextv2_atto', 'convnextv2_atto', dict(conv_mlp=False)),
     ],
 )
 def test_output_is_the_dense_twins_with_its_weights(name, twin, kwargs):
@@ -723,21 +750,25 @@ def test_a_gate_multiplies_exactly_the_input_of_its_consumer(structure):
         model.get_submodule(layer.norm or layer.conv).register_forward_hook(
             lambda _m, _a, out, key=('norm', i): seen.__setitem__(key, out.clone())
         )
-        if layer.consumer:
-            model.get_submodule(layer.consumer).register_forward_pre_hook(
-                lambda _m, args, key=('consumer', i): seen.__setitem__(key, args[0].clone())
-            )
+        for key, name in (('reader', layer.late_norm or layer.consumer), ('consumer', layer.consumer)):
+            if name:
+                model.get_submodule(name).register_forward_pre_hook(
+                    lambda _m, args, key=(key, i): seen.__setitem__(key, args[0].clone())
+                )
     model.gating = FixedGates(gates)
     model(x)
     for i, gate in enumerate(gates):
-        expected = seen['norm', i].relu() * gate[:, :, None, None]
+        layer = model.expert_layers[i]
+        act = model.get_submodule(layer.act)
+        expected = act.act(seen['norm', i]) * spread(gate, act.channels_last)
         if ('consumer', i) in seen:
-            got = seen['consumer', i]
+            got = seen['reader', i]
             if got.shape != expected.shape:  # a pooling layer in between
                 expected = nn.functional.adaptive_max_pool2d(expected, got.shape[2:])
-            if model.expert_layers[i].consumer != 'pre_logits.fc1':
+            if layer.consumer != 'pre_logits.fc1':
                 torch.testing.assert_close(got, expected, rtol=0, atol=0)
-            assert not got[:, ::3].any()
+            read = seen['consumer', i]
+            assert not (read[..., ::3] if act.channels_last else read[:, ::3]).any()
 
 
 @structures
@@ -759,6 +790,9 @@ def test_weights_of_closed_experts_do_not_matter(structure):
             model.get_submodule(layer.conv).weight[index] += 7
             if layer.norm:
                 model.get_submodule(layer.norm).bias[index] += 7
+            if layer.late_norm:
+                model.get_submodule(layer.late_norm).weight[index] += 7
+                model.get_submodule(layer.late_norm).bias[index] += 7
             if layer.consumer:
                 model.get_submodule(layer.consumer).weight[:, index] += 7
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
@@ -793,6 +827,9 @@ def test_experts_are_all_and_only_the_inner_activations(structure):
     if structure.startswith('vgg'):
         convs = [name for name, m in model.features.named_children() if isinstance(m, nn.Conv2d)]
         assert [layer.conv for layer in model.expert_layers] == [f'features.{name}' for name in convs]
+        return
+    if structure.startswith('convnext'):
+        assert gated == {name.removesuffix('.act') for name, m in model.named_modules() if type(m).__name__ == 'GELU'}
         return
     pattern = {'basic': 'act1', 'cifar': 'act1', 'bottleneck_b': 'act2'}.get(structure, 'act[12]')
     activations = {name for name, m in model.named_modules() if isinstance(m, nn.ReLU) and name.startswith('layer')}

@@ -4,14 +4,18 @@ Its types are known to mmengine as `deepmoe_plugin.DeepMoEResNet`, and without t
 `custom_imports = dict(imports=['deepmoe_plugin.mmseg'])` has imported this package.
 """
 
-from ..registry import HOOKS, MODELS
+from ..registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from .backbones import DeepMoEDRN, DeepMoEResNet, DeepMoEVGG
+from .convnext import DeepMoEConvNeXt
 from .hooks import DeepMoEFinetuneHook, DeepMoELossHook, GateStatisticsHook, SparseInferenceHook
+from .learning_rates import DeepMoELearningRateDecay
 from .pretrained import allow_histories
 
 __all__ = [
+    'DeepMoEConvNeXt',
     'DeepMoEDRN',
     'DeepMoEFinetuneHook',
+    'DeepMoELearningRateDecay',
     'DeepMoELossHook',
     'DeepMoEResNet',
     'DeepMoEVGG',
@@ -19,9 +23,10 @@ __all__ = [
     'SparseInferenceHook',
 ]
 
-for backbone in (DeepMoEDRN, DeepMoEResNet, DeepMoEVGG):
+for backbone in (DeepMoEConvNeXt, DeepMoEDRN, DeepMoEResNet, DeepMoEVGG):
     MODELS.register_module(module=backbone)
 for hook in (DeepMoEFinetuneHook, DeepMoELossHook, GateStatisticsHook, SparseInferenceHook):
     HOOKS.register_module(module=hook)
+OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=DeepMoELearningRateDecay)
 
 allow_histories()

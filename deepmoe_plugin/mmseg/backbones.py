@@ -79,16 +79,18 @@ class Backbone(nn.Module):
             raise ValueError(f'out_indices must be ascending numbers from 0 to {STAGES - 1}, got {out_indices}.')
         if frozen_stages not in range(-1, STAGES + 1):
             raise ValueError(f'frozen_stages must be a number from -1 to {STAGES}, got {frozen_stages!r}.')
-        super().__init__(*args, in_chans=in_channels, num_classes=num_classes, norm_layer=_norm(norm_cfg), **kwargs)
+        kwargs.update(self.norm_arguments(norm_cfg), in_chans=in_channels, num_classes=num_classes)
+        super().__init__(*args, **kwargs)
         self.title = title
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.first_tap = len(self.feature_info) - STAGES
         self.taps = [self.first_tap + index for index in out_indices]
-        whole = set(self.state_dict())
+        self.whole = {key: value.shape for key, value in self.state_dict().items()}
         self.prune_intermediate_layers(self.taps)
-        self.left_out = whole - set(self.state_dict())
+        self.left_out = set(self.whole) - set(self.state_dict())
+        self.add_output_norms()
         if with_cp:
             self.set_grad_checkpointing()
         for part in self._frozen_parts():
@@ -107,6 +109,19 @@ class Backbone(nn.Module):
                 f'with {self.in_chans} channels (LoadImageFromFile has color_type) or set in_channels of the backbone.'
             )
         return tuple(self.forward_intermediates(x, self.taps, intermediates_only=True))
+
+    @staticmethod
+    def norm_arguments(norm_cfg: Config) -> dict[str, Any]:
+        """The network's arguments for mmcv's config of norm layers."""
+        return {'norm_layer': _norm(norm_cfg)}
+
+    def add_output_norms(self) -> None:
+        """Create what normalises the outputs, and is not in checkpoints of the network: nothing, mostly."""
+        self.output_norms: tuple[str, ...] = ()
+
+    def converted(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint of the network in timm's names."""
+        return weights
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         """Initialise by `init_cfg`, as mmengine asks without arguments; with them, timm's constructors call their own.
@@ -139,7 +154,11 @@ class Backbone(nn.Module):
         if self.frozen_stages < 0:
             return []
         last = self.feature_info[self.first_tap + self.frozen_stages - 1]['module']
-        parts = [(name, m) for name, m in self.named_modules() if not name.startswith('gating') and not [*m.children()]]
+        parts = [
+            (name, m)
+            for name, m in self.named_modules()
+            if not name.startswith('gating') and (not [*m.children()] or [*m.parameters(recurse=False)])
+        ]
         ends = [i for i, (name, _) in enumerate(parts) if name == last or name.startswith(f'{last}.')]
         return [module for _, module in parts[: ends[-1] + 1 if ends else None]]
 
@@ -201,7 +220,9 @@ def DeepMoEResNet(
         raise ValueError(f'depth must be one of {", ".join(map(str, _RESNETS))}, got {depth!r}.')
     own = ('widen', 'bottleneck')
     fixed = dict(output_stride=_output_stride(strides, dilations, output_stride))
-    return _build('DeepMoEResNet', GatedResNet, DenseResNet, depth, _RESNETS[depth], own, fixed, **kwargs)
+    return build_backbone(
+        'DeepMoEResNet', GatedResNet, DenseResNet, f'depth={depth}', _RESNETS[depth], own, fixed, **kwargs
+    )
 
 
 @MODELS.register_module()
@@ -244,14 +265,15 @@ def DeepMoEVGG(depth: int, **kwargs: Any) -> Backbone:
         raise TypeError('DeepMoEVGG has no argument with_cp: it has no blocks to checkpoint.')
     args = (vgg_layouts[f'vgg{depth}'],)
     # The classifier is built only to be taken off.
-    return _build('DeepMoEVGG', GatedVGG, DenseVGG, depth, args, ('widen',), dict(mlp_ratio=1 / 4096), **kwargs)
+    fixed = dict(mlp_ratio=1 / 4096)
+    return build_backbone('DeepMoEVGG', GatedVGG, DenseVGG, f'depth={depth}', args, ('widen',), fixed, **kwargs)
 
 
-def _build(
+def build_backbone(
     name: str,
     gated_cls: type[Backbone],
     dense_cls: type[Backbone],
-    depth: int,
+    size: str,
     args: tuple[Any, ...],
     own: tuple[str, ...],
     fixed: Config,
@@ -262,6 +284,7 @@ def _build(
 
     Args:
         name: of the registered type.
+        size: what tells its networks apart, for messages.
         args: of the network.
         own: names of the network's arguments that the registered type takes.
         fixed: arguments of the network that it does not take.
@@ -276,7 +299,7 @@ def _build(
     if not gated and idle:
         raise ValueError(f'{", ".join(idle)} has no effect with gated=False: leave it out.')
     kept = kwargs if gated else {key: value for key, value in kwargs.items() if key not in fields}
-    title = f'{name}(depth={depth}, widen={kwargs.get("widen", 1)})'
+    title = f'{name}({size}, widen={kwargs.get("widen", 1)})'
     return (gated_cls if gated else dense_cls)(*args, title=title, **fixed, **kept)
 
 

@@ -62,6 +62,8 @@ def load_pretrained(backbone: Any, weights: dict[str, Any], source: str, prefix:
     Raises:
         ValueError: the weights do not fit; the message names what is missing.
     """
+    if isinstance(weights.get('model'), dict):  # of ConvNeXt's authors
+        weights = weights['model']
     if prefix is None and any(key.startswith('backbone.') for key in weights):
         prefix = 'backbone'
     if prefix is not None:
@@ -69,17 +71,20 @@ def load_pretrained(backbone: Any, weights: dict[str, Any], source: str, prefix:
         weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         if not weights:
             raise ValueError(f'{source} holds no tensor whose name starts with {prefix!r}: correct `prefix`.')
-    if any(key.startswith('stem.') for key in weights):
+    weights = backbone.converted(weights)
+    if not hasattr(backbone, 'stem') and any(key.startswith('stem.') for key in weights):
         raise ValueError(
             f'{source} has a deep stem (ResNetV1c or V1d, three 3x3 convolutions), which {backbone.title} has not: '
             f'give the checkpoint of a plain ResNet, as torchvision:// and timm have them.'
         )
     weights = {key: value for key, value in weights.items() if not backbone.leaves_out(key)}
     rename_old(weights)
-    check_complete(weights, backbone, source, backbone.title, _HEADS)
+    optional = (*_HEADS, *backbone.output_norms)
+    check_complete(weights, backbone, source, backbone.title, optional)
     own = backbone.state_dict()
     check_shapes(backbone, own, weights)
-    counters = {key: own[key] for key in own if key.endswith('num_batches_tracked') and key not in weights}
+    absent = (key for key in own if key.endswith('num_batches_tracked') or key.startswith(optional))
+    counters = {key: own[key] for key in absent if key not in weights}
     counters = {key: value for key, value in counters.items() if not key.startswith(GATING_PREFIX)}
     backbone.load_state_dict({**counters, **{key: weights[key] for key in weights if not key.startswith(_HEADS)}})
 
