@@ -32,7 +32,6 @@ EXTRAS = {
     **dict.fromkeys(('mmengine', 'mmcv', 'mmseg'), 'mmseg'),
     **dict.fromkeys(('matplotlib', 'sklearn', 'scipy'), 'plot'),
     'mlxtend': 'demo',
-    'numba': 'fast',
 }
 
 

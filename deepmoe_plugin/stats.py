@@ -56,7 +56,8 @@ class GateStatistics(NamedTuple):
         return {layer: int(part.sum()) for layer, part in zip(self.layers, parts, strict=True)}
 
     def log_to(self, writer: Any, step: int, prefix: str = '') -> None:
-        """Write fractions of kept experts as scalars (all, each layer) and histograms (over images, over experts).
+        """Write fractions of kept experts as scalars (all, each layer) and histograms (over images, over experts), and
+        the fraction of experts that some images keep and others do not.
 
         Args:
             writer: TensorBoard's `SummaryWriter`, which W&B mirrors after `wandb.init(sync_tensorboard=True)`.
@@ -65,6 +66,7 @@ class GateStatistics(NamedTuple):
         """
         name = f'{prefix}kept_experts'
         writer.add_scalar(name, self.kept_experts, step)
+        writer.add_scalar(f'{prefix}dynamic_experts', self.dynamic_experts, step)
         for layer, kept in self.by_layer().items():
             writer.add_scalar(f'{name}/{layer}', kept, step)
         writer.add_histogram(f'{name}/by_image', self.by_image(), step)
@@ -77,7 +79,12 @@ def dynamic_experts(kept: Tensor) -> Tensor:
     Args:
         kept: which experts images keep, boolean, shape (images, N).
     """
-    share = kept.float().mean(0)
+    return dynamic_share(kept.sum(0), len(kept))
+
+
+def dynamic_share(times_kept: Tensor, images: int) -> Tensor:
+    """The same from how many of so many images keep each expert, shape (N,)."""
+    share = times_kept.float() / images
     return ((share > 0.02) & (share < 0.98)).float().mean()
 
 

@@ -106,6 +106,8 @@ def test_numbers_of_all_images(summary, folder):
             assert result[key][name] == pytest.approx(expected.item(), rel=1e-4), (key, name)
     assert result['gmacs']['without_shortcuts'] == pytest.approx(macs.without_shortcuts.double().mean().item() / 1e9)
     assert sum(result['gmacs']['by_group'].values()) == pytest.approx(result['gmacs']['mean'])
+    assert 0 < result['dynamic_experts'] < 1
+    assert result['dynamic_experts'] == pytest.approx(stats.dynamic_experts, rel=1e-5)
     assert result['width'] == 2
 
 

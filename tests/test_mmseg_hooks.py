@@ -410,7 +410,10 @@ def test_statistics_of_images_of_different_sizes(tmp_path: Path) -> None:
     costs = [cost(model, normalised(model, val['dataset'][i])) for i in range(4)]
     gmacs, kept = (torch.cat(values).double() for values in zip(*costs, strict=True))
     assert len(set(gmacs.tolist())) == 4
+    stats = gate_statistics(model.backbone, [normalised(model, val['dataset'][i]) for i in range(4)])
+    assert 0 < stats.dynamic_experts < 1
     for mode, own in metrics.items():
+        assert own['dynamic_experts'] == pytest.approx(stats.dynamic_experts, rel=1e-5)
         assert own['gmacs'] == pytest.approx(gmacs.mean().item(), rel=1e-9)
         assert own['kept_experts'] == pytest.approx(kept.mean().item(), rel=1e-6)
         assert runner.message_hub.get_scalar(f'{mode}/gmacs').current() == own['gmacs']

@@ -19,6 +19,7 @@ def seed():
 
 def test_fractions_by_hand():
     assert STATS.kept_experts == pytest.approx(8 / 20)
+    assert STATS.dynamic_experts == pytest.approx(3 / 5)
     torch.testing.assert_close(STATS.by_image(), torch.tensor([3, 2, 1, 2]) / 5)
     assert STATS.by_layer() == {'first': pytest.approx(3 / 8), 'second': pytest.approx(5 / 12)}
     assert STATS.dead() == {'first': 1, 'second': 1}
@@ -58,6 +59,7 @@ def test_tensorboard(tmp_path):
     values = {tag: written.Scalars(tag) for tag in written.Tags()['scalars']}
     assert {tag: (events[0].step, events[0].value) for tag, events in values.items()} == {
         'val/kept_experts': (7, pytest.approx(0.4)),
+        'val/dynamic_experts': (7, pytest.approx(STATS.dynamic_experts)),
         'val/kept_experts/first': (7, pytest.approx(3 / 8)),
         'val/kept_experts/second': (7, pytest.approx(5 / 12)),
     }

@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     train_loader, val_loader = create_loaders(args.batch_size)
-    gated_args = {**MODEL_ARGS, 'embed_loss_weight': 1.0, 'target_kept': args.target_kept}
+    # The budget falls in the first half of the training: so short a training has no time for less steep a way.
+    steps = max(1, args.epochs * len(train_loader) // 2)
+    gated_args = {**MODEL_ARGS, 'embed_loss_weight': 1.0, 'target_kept': args.target_kept, 'target_steps': steps}
     runs = {
         'dense': ('resnet20_cifar', MODEL_ARGS),
         'dense, twice as wide': ('resnet20_cifar', {**MODEL_ARGS, 'widen': 2}),

@@ -26,7 +26,7 @@ from ..experts import expert_widths
 from ..macs import MacsReport, macs_table
 from ..mixture import MixtureRecord, mixture_record, specialisation_of
 from ..network import deepmoe_networks
-from ..stats import kept_experts
+from ..stats import dynamic_share, kept_experts
 from .images import Images, add_image_arguments, create_images
 from .networks import NETWORK_HELP, add_network_arguments, create_network, read_settings
 
@@ -44,6 +44,7 @@ class Evaluation(NamedTuple):
         kept: fraction of experts that each image keeps in each gated layer, shape (images, layers).
         widths: experts of each gated layer, by the module name of its convolution; empty for a dense network.
         dead: number of experts of each gated layer that no image keeps.
+        dynamic: fraction of experts that some images keep and others do not (see `stats.dynamic_experts`).
         mixtures: what the gates of each layer whose gates sum to one tell, in bits (see `specialisation_of`); of a
             DeepMoE network, the latent mixture.
     """
@@ -55,6 +56,7 @@ class Evaluation(NamedTuple):
     kept: Tensor
     widths: dict[str, int]
     dead: list[int]
+    dynamic: float
     mixtures: list[dict[str, float]]
 
     @property
@@ -77,7 +79,7 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], runs: nn
     network = next(deepmoe_networks(model), None)
     layers = network.expert_layers if network is not None else ()
     widths = expert_widths(network, layers) if network is not None else []
-    ever_kept = torch.zeros(sum(widths), dtype=torch.bool)
+    times_kept = torch.zeros(sum(widths), dtype=torch.long)
     columns: dict[str, list[Tensor]] = {'labels': [], 'predicted': [], 'in_top5': [], 'kept': []}
     reports: list[MacsReport] = []
     records: list[MixtureRecord] = []
@@ -89,7 +91,7 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], runs: nn
         if network is not None:
             kept = kept_experts(network, images).cpu()
         reports.append(macs_table(model, (images.shape[2], images.shape[3])).report(kept))
-        ever_kept |= kept.any(0)
+        times_kept += kept.sum(0)
         record = mixture_record(model, images, logits.argmax(1))
         if record is not None:
             records.append(record)
@@ -102,7 +104,8 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], runs: nn
         **{name: torch.cat(parts) for name, parts in columns.items()},
         macs=_joined(reports),
         widths={layer.conv: width for layer, width in zip(layers, widths, strict=True)},
-        dead=[int((~part).sum()) for part in ever_kept.split(widths)] if widths else [],
+        dead=[int((part == 0).sum()) for part in times_kept.split(widths)] if widths else [],
+        dynamic=dynamic_share(times_kept, sum(map(len, columns['labels']))).item() if widths else 0.0,
         mixtures=_mixtures(records, torch.cat(columns['labels'])),
     )
 
@@ -154,6 +157,8 @@ def summarise(result: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
 
     hits = result.predicted == result.labels
     everything = numbers(torch.ones_like(hits))
+    if result.widths:
+        everything['dynamic_experts'] = result.dynamic
     macs = result.macs
     everything['gmacs'] |= {
         'dense': macs.dense_total / 1e9,
@@ -192,7 +197,10 @@ def format_summary(summary: dict[str, Any]) -> str:
     ]
     if not summary['by_layer']:
         return '\n'.join(lines + _class_table(summary))
-    lines.append(f'kept experts {plus_minus(summary["kept_experts"], 100)} %')
+    lines.append(
+        f'kept experts {plus_minus(summary["kept_experts"], 100)} %; kept by some images and not by others '
+        f'{100 * summary["dynamic_experts"]:.4g} %'
+    )
     lines += ['', '| layer | experts | dead | kept (%) | GMACs |', '|---|--:|--:|--:|--:|']
     lines += [
         f'| {layer} | {row["experts"]} | {row["dead"]} | {plus_minus(row["kept_experts"], 100)} | '

@@ -1,5 +1,6 @@
 """What the gates keep and what images cost, in the log of training, validation and testing."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ...macs import MacsTable
 from ...network import DeepMoE, deepmoe_networks
-from ...stats import join_kept
+from ...stats import dynamic_share, join_kept
 from ..backbones import Backbone
 from .lookup import model_of, network_of
 
@@ -31,6 +32,34 @@ class _Tally:
         self.passes.append(((images.shape[2], images.shape[3]), gates.detach() > 0))
 
 
+@dataclasses.dataclass
+class _Sums:
+    """Over passes: MACs, images, images as the gates count them, and how many of these keep each expert, (N,)."""
+
+    macs: float = 0
+    images: int = 0
+    seen: int = 0
+    times_kept: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+    def add(self, other: '_Sums') -> None:
+        self.macs += other.macs
+        self.images += other.images
+        self.seen += other.seen
+        self.times_kept = self.times_kept + other.times_kept if len(self.times_kept) else other.times_kept
+
+    def of_all_processes(self) -> '_Sums':
+        facts = torch.tensor([self.macs, self.images, self.seen, *self.times_kept.tolist()], dtype=torch.float64)
+        all_reduce(facts)
+        return _Sums(facts[0].item(), int(facts[1]), int(facts[2]), facts[3:].long())
+
+    def averages(self) -> dict[str, float]:
+        averages = {}
+        if self.seen and len(self.times_kept):
+            averages['kept_experts'] = self.times_kept.double().mean().item() / self.seen
+            averages['dynamic_experts'] = dynamic_share(self.times_kept, self.seen).item()
+        return {**averages, 'gmacs': self.macs / self.images / 1e9} if self.images else averages
+
+
 class _WandbRow(dict[str, Any]):
     """Takes what `GateStatistics.log_to` writes as one row of W&B's log."""
 
@@ -47,11 +76,13 @@ class _WandbRow(dict[str, Any]):
 
 @HOOKS.register_module()
 class GateStatisticsHook(Hook):
-    """Logs `kept_experts` (fraction of experts kept, 0..1) and `gmacs` (10^9 multiply-accumulates of an image).
+    """Logs `kept_experts` (fraction of experts kept, 0..1), `dynamic_experts` (fraction of experts that some images keep
+    and others do not) and `gmacs` (10^9 multiply-accumulates of an image).
 
-    Both are averages over the images of a training batch, or of all images validated or tested, processes together.
+    They are over the images of a training batch, or of all images validated or tested, processes together.
     `gmacs` is what the backbone costs, gating network included and decode heads not, as `count_macs` counts, at the
-    size that the backbone sees; all windows or augmentations of an image add up. A dense backbone has `gmacs` only.
+    size that the backbone sees; all windows or augmentations of an image add up. In `dynamic_experts` each counts as an
+    image. A dense backbone has `gmacs` only.
 
     TensorBoard and W&B, if they are among the `vis_backends`, also get `kept_experts` of each layer and its histograms
     over images and over experts, in the sections `val_gates` and `test_gates`. These are of the images of the main
@@ -63,7 +94,7 @@ class GateStatisticsHook(Hook):
         self._tally = _Tally()
         self._handle: Any = None
         self._tables: dict[tuple[int, int], MacsTable] = {}
-        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._sums = _Sums()
         self._backends: list[Any] = []
         self._kept: list[Tensor] = []
 
@@ -84,9 +115,9 @@ class GateStatisticsHook(Hook):
         self._watch(runner)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Log the batch; `kept_experts` only if the loss hook does not."""
+        """Log the batch, without what the loss hook logs."""
         sums = self._take(None)
-        for name, value in self._averages(sums).items():
+        for name, value in sums.averages().items():
             if name not in (outputs or {}):
                 runner.message_hub.update_scalar(f'train/{name}', value)
 
@@ -131,7 +162,8 @@ class GateStatisticsHook(Hook):
 
     def _start(self, runner: Any) -> None:
         self._tally.passes.clear()
-        self._sums.zero_()
+        widths = self._network.gating.gates.widths if isinstance(self._network, DeepMoE) else []
+        self._sums = _Sums(times_kept=torch.zeros(sum(widths), dtype=torch.long))
         self._kept.clear()
         backends = runner.visualizer._vis_backends.values() if is_main_process() else ()
         self._backends = [b for b in backends if isinstance(b, TensorboardVisBackend | WandbVisBackend)]
@@ -139,31 +171,23 @@ class GateStatisticsHook(Hook):
     def _add(self, num_images: int) -> None:
         if self._backends and isinstance(self._network, DeepMoE):
             self._kept += [kept.cpu() for _, kept in self._tally.passes]
-        self._sums += self._take(num_images)
+        self._sums.add(self._take(num_images))
 
-    def _take(self, num_images: int | None) -> Tensor:
-        """Experts kept, experts there, MACs and images of the passes since the last call, shape (4,)."""
+    def _take(self, num_images: int | None) -> _Sums:
+        """Of the passes since the last call; their images are counted where their number is not given."""
         assert self._network is not None
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = _Sums()
         for size, kept in self._tally.passes:
             if size not in self._tables:
                 self._tables[size] = MacsTable(self._network, size)
             macs = self._tables[size].by_module(kept).sum()
-            images = len(kept) if num_images is None else 0
-            sums += torch.tensor([int(kept.sum()), kept.numel(), float(macs), images], dtype=torch.float64)
+            sums.add(_Sums(float(macs), len(kept) if num_images is None else 0, len(kept), kept.sum(0).cpu()))
         self._tally.passes.clear()
-        sums[3] += num_images or 0
+        sums.images += num_images or 0
         return sums
 
-    @staticmethod
-    def _averages(sums: Tensor) -> dict[str, float]:
-        kept, experts, macs, images = sums.tolist()
-        averages = {'kept_experts': kept / experts} if experts else {}
-        return {**averages, 'gmacs': macs / images / 1e9} if images else averages
-
     def _finish(self, runner: Any, mode: str, metrics: dict[str, float] | None) -> dict[str, float]:
-        all_reduce(self._sums)
-        averages = self._averages(self._sums)
+        averages = self._sums.of_all_processes().averages()
         for name, value in averages.items():
             runner.message_hub.update_scalar(f'{mode}/{name}', value)
         self._show(runner, f'{mode}_gates/')
