@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_number
-from .experts import find_deepmoe
+from .experts import GatedNetwork, find_deepmoe
 from .gating.budget import find_threshold
-from .network import DeepMoE
 from .stats import fraction_kept
 
 
@@ -59,7 +58,7 @@ def set_budget(
     return cost(preact > threshold).mean().item()
 
 
-def _preactivations(network: DeepMoE, images: Tensor | Iterable[Tensor | Sequence[Tensor]]) -> Tensor:
+def _preactivations(network: GatedNetwork, images: Tensor | Iterable[Tensor | Sequence[Tensor]]) -> Tensor:
     """`W e` of all images, shape (images, N), with the norm statistics of inference."""
     gating = network.gating
     device = gating.gates.weight.device

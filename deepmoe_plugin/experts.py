@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from timm.layers import GlobalResponseNormMlp
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, Bottleneck
-from torch import nn
+from torch import Tensor, nn
 
 from .arguments import check_number
 from .gating import GatingNetwork
@@ -47,6 +47,24 @@ class GatedNetwork(nn.Module):
     gating: GatingNetwork
     expert_layers: tuple[ExpertLayer, ...]
     pretrained_cfg: dict[str, Any]
+    get_classifier: Callable[..., nn.Module]
+
+    def check_target(self, target: float) -> None:
+        """Check that a fraction of the dense MACs can be reached.
+
+        Raises:
+            ValueError: it is below what the layers without gates cost.
+        """
+        raise NotImplementedError
+
+    def spent(self, kept: Tensor) -> Tensor:
+        """Fraction of the dense MACs that each image costs, shape (B,), of the experts that it keeps, (B, N), boolean;
+        at the nominal image size, the gating network not included."""
+        raise NotImplementedError
+
+    def macs_of_experts(self) -> Tensor:
+        """Share of each expert in the dense MACs of the gated layers, shape (N,), summing to one."""
+        raise NotImplementedError
 
 
 def deepmoe_networks(module: nn.Module) -> Iterator[GatedNetwork]:

@@ -147,20 +147,15 @@ class DeepMoE(GatedNetwork, TermSource):
         self.watch.finish()
 
     def check_target(self, target: float) -> None:
-        """Check that a fraction of the dense MACs can be reached.
-
-        Raises:
-            ValueError: it is below what the layers without gates cost.
-        """
+        """Raise ValueError for a fraction of the dense MACs below what the layers without gates cost."""
         check_target(target, self._macs())
 
     def spent(self, kept: Tensor) -> Tensor:
-        """Fraction of the dense MACs that each image costs, shape (B,), of the experts that it keeps, (B, N), boolean;
-        at the nominal image size, the gating network not included."""
+        """Fraction of the dense MACs that each image costs, of the experts that it keeps."""
         return self._macs().spent(kept)
 
     def macs_of_experts(self) -> Tensor:
-        """Share of each expert in the dense MACs of the gated layers, shape (N,), summing to one."""
+        """Share of each expert in the dense MACs of the gated layers."""
         return self._macs().expert_costs()
 
     def _macs(self) -> MacsTable:

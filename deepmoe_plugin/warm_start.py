@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .experts import find_deepmoe
-from .network import DeepMoE
+from .experts import GatedNetwork, find_deepmoe
 
 SPREAD = 0.2
 """Standard deviation of `W e` over experts, about one: gates scale channels, and this much does not disturb."""
@@ -83,7 +82,7 @@ def warm_start(
 
 def _measure(
     model: nn.Module,
-    network: DeepMoE,
+    network: GatedNetwork,
     loader: Iterable[Batch],
     criterion: Callable[[Any, Any], Tensor],
     images: int,
@@ -119,7 +118,7 @@ def _measure(
 
 
 def _train_embedding(
-    model: nn.Module, network: DeepMoE, loader: Iterable[Batch], mean: Tensor, epochs: int, progress: bool
+    model: nn.Module, network: GatedNetwork, loader: Iterable[Batch], mean: Tensor, epochs: int, progress: bool
 ) -> tuple[Tensor, Tensor]:
     """Teach the embedding to predict the logarithm of each expert's relative activation.
 
@@ -165,7 +164,7 @@ def _train_embedding(
 
 
 @torch.no_grad()
-def _divide_consumers(network: DeepMoE, gates: Tensor) -> None:
+def _divide_consumers(network: GatedNetwork, gates: Tensor) -> None:
     """Divide the weights that read each expert by its average gate, so that the network stays what it was.
 
     Experts that no layer of the network reads are read by the classifier, if there is one.
@@ -180,7 +179,7 @@ def _divide_consumers(network: DeepMoE, gates: Tensor) -> None:
 class _Activations:
     """While entered, the root mean square over positions of what each gate multiplies, of the latest forward pass."""
 
-    def __init__(self, network: DeepMoE) -> None:
+    def __init__(self, network: GatedNetwork) -> None:
         self._modules = [network.get_submodule(layer.act) for layer in network.expert_layers]
         self._found: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
@@ -207,7 +206,7 @@ class _Activations:
 
 
 def _batches(
-    network: DeepMoE, loader: Iterable[Batch], title: str, progress: bool, images: int | None = None
+    network: GatedNetwork, loader: Iterable[Batch], title: str, progress: bool, images: int | None = None
 ) -> Iterator[tuple[Tensor, Any]]:
     """Batches of images and targets on the network's device, and at most so many images."""
     device = network.gating.gates.weight.device

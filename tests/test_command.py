@@ -185,17 +185,15 @@ def test_doctor_tells_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ('machine', 'features', 'openmp', 'reason'),
+    ('openmp', 'compiler', 'reason'),
     [
-        ('aarch64', {'avx2'}, object(), 'no x86-64'),
-        ('x86_64', set(), object(), "pip install 'deepmoe-plugin[fast]'"),
-        ('x86_64', {'avx2'}, None, "GNU's OpenMP"),
-        ('x86_64', {'sse4.2'}, object(), 'lacks avx2'),
+        (None, 'g++', "GNU's OpenMP"),
+        (object(), None, 'install g++'),
+        (object(), 'g++', 'g++ does not build it'),
     ],
 )
-def test_doctor_tells_why_tiles_are_missing(monkeypatch, machine, features, openmp, reason) -> None:
-    monkeypatch.setattr(doctor.tiles, 'available', lambda dtype: False)
-    monkeypatch.setattr(doctor.platform, 'machine', lambda: machine)
-    monkeypatch.setattr(doctor.native, 'features', lambda: frozenset(features))
-    monkeypatch.setattr(doctor.native, 'openmp', lambda: openmp)
+def test_doctor_tells_why_the_native_program_is_missing(monkeypatch, openmp, compiler, reason) -> None:
+    monkeypatch.setattr(doctor.program, 'available', lambda images: False)
+    monkeypatch.setattr(doctor.build, 'openmp', lambda: openmp)
+    monkeypatch.setattr(doctor.build, 'compiler', lambda: compiler)
     assert reason in next(doctor.sparse_execution())

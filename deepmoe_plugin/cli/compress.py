@@ -160,17 +160,18 @@ def training_loader(args: argparse.Namespace, settings: dict[str, Any]) -> DataL
     config = data_config(settings)
     dataset = create_dataset_of(args.data_dir, config, {**settings, 'val_split': 'train'})
     small = max(config['input_size'][1:]) <= SMALL
-    crops = {'scale': (0.765625, 1.0), 'ratio': (1.0, 1.0)} if small else {}
+    changes: dict[str, Any] = {'color_jitter': None}
+    if small:
+        changes.update(scale=(0.765625, 1.0), ratio=(1.0, 1.0))
     return create_loader(
         dataset,
         batch_size=args.batch_size,
         is_training=True,
         use_prefetcher=False,
-        color_jitter=None,
         num_workers=args.workers,
         interpolation=config['interpolation'],
         **{name: config[name] for name in ('input_size', 'mean', 'std')},
-        **crops,
+        **changes,
     )
 
 
@@ -188,8 +189,9 @@ class Budget:
         self.size = data_config(settings)['input_size'][1:]
         self.dense_macs = macs_table(dense, self.size).dense()
         arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
-        probe = timm.create_model(name, device='meta', **arguments)
+        probe: Any = timm.create_model(name, device='meta', **arguments)
         table = macs_table(probe, self.size)
+        self.gated_layers = {layer.conv for layer in probe.expert_layers}
         gating = table.dense(GATING_GROUPS)
         target = (args.macs * self.dense_macs - gating) / (table.dense() - gating)
         if target <= table.floor:
@@ -224,8 +226,8 @@ class Budget:
             raise SystemExit('--baselines torch-pruning needs: pip install torch-pruning') from None
         model = copy.deepcopy(dense).eval()
         example = torch.zeros(1, 3, *self.size, device=self.args.device)
-        gated = {layer.conv for layer in model.expert_layers} if hasattr(model, 'expert_layers') else set()
-        ignored = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear) and n not in gated]
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        ignored = [m for n, m in layers if n not in self.gated_layers]
         steps = 400
         pruner = torch_pruning.pruner.MagnitudePruner(
             model,

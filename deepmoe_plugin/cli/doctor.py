@@ -12,20 +12,18 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .. import __version__
-from ..sparse import native, ragged, tiles
+from ..sparse import build, program, ragged
 from .configs import configs_folder, shipped_configs
 
 # Distributions by what they are needed for; of several names the installed one counts.
 DISTRIBUTIONS = {
     'core': (('torch',), ('torchvision',), ('timm',), ('safetensors',), ('numpy',)),
-    'fast': (('numba',),),
     'mmseg': (('onedl-mmengine', 'mmengine'), ('onedl-mmcv', 'mmcv'), ('onedl-mmsegmentation', 'mmsegmentation')),
     'plot': (('matplotlib',), ('scikit-learn',)),
     'export': (('onnx',), ('onnxruntime',), ('onnxscript',)),
     'GPU': (('triton',),),
 }
-DECISIVE = {torch.float32: 'avx2', torch.bfloat16: 'avx512bf16'}
-FEATURES = ('sse4.2', 'avx', 'avx2', 'fma', 'avx512f', 'avx512bf16', 'avx512fp16', 'amx-tile', 'amx-bf16')
+FEATURES = ('avx', 'avx2', 'fma', 'avx512f', 'avx512_bf16', 'avx512_fp16', 'amx_tile', 'amx_bf16', 'asimd', 'bf16')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,8 +60,8 @@ def _version(names: Sequence[str]) -> str:
 def processor() -> Iterator[str]:
     """Kind, cores, threads and features of the processor, and the variables that bound them; then the GPUs."""
     yield f'{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch'
-    known = native.features()
-    yield 'features: ' + (' '.join(name for name in FEATURES if name in known) or 'unknown without numba')
+    known = build.processor().split()
+    yield 'features: ' + (' '.join(name for name in FEATURES if name in known) or 'unknown')
     for name in ('OMP_NUM_THREADS', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA'):
         if name in os.environ:
             yield f'{name}={os.environ[name]}'
@@ -73,12 +71,12 @@ def processor() -> Iterator[str]:
 
 def sparse_execution() -> Iterator[str]:
     """What runs the convolutions of `deepmoe_plugin.sparsify`, by device and type, and why nothing faster does."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in program.DTYPES:
         name = str(dtype).removeprefix('torch.')
-        if tiles.available(dtype):
-            yield f'CPU, {name}: tiles, the fastest way'
+        if program.available(torch.zeros(1, 1, 1, 1, dtype=dtype)):
+            yield f'CPU, {name}: the native program, built by {build.compiler()}'
         else:
-            yield f"CPU, {name}: torch's convolutions on gathered weights; no tiles: {_why_no_tiles(dtype)}"
+            yield f"CPU, {name}: torch's convolutions on gathered weights; no native program: {_why_no_program()}"
     if not torch.cuda.is_available():
         yield 'GPU: none that this torch can use'
         return
@@ -89,16 +87,9 @@ def sparse_execution() -> Iterator[str]:
         yield "GPU: torch's convolutions on gathered weights, image by image; no ragged kernels: Triton does not work"
 
 
-def _why_no_tiles(dtype: torch.dtype) -> str:
-    if platform.machine() not in ('x86_64', 'AMD64'):
-        return 'the processor is no x86-64'
-    if not native.features():
-        return "numba is not installed: pip install 'deepmoe-plugin[fast]'"
-    if native.openmp() is None:
+def _why_no_program() -> str:
+    if build.openmp() is None:
         return "torch does not run on GNU's OpenMP"
-    if DECISIVE[dtype] not in native.features():
-        return f'the processor lacks {DECISIVE[dtype]}'
-    limits = [name for name in ('ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA') if name in os.environ]
-    if limits and dtype != torch.float32:
-        return f'{" and ".join(limits)} leave the instructions for it out'
-    return f'torch {torch.__version__} does not offer the products that they are made of'
+    if build.compiler() is None:
+        return 'there is no C++ compiler: install g++ or clang++, or set CXX'
+    return f'{build.compiler()} does not build it, as the warning says'

@@ -31,6 +31,8 @@ class GateHeads(nn.Module):
         widths: experts of each gated layer, in the order in which the network runs them.
     """
 
+    threshold: Tensor
+
     def __init__(self, widths: Sequence[int], num_latent_experts: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.widths: list[int] = [int(width) for width in widths]

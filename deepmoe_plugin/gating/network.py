@@ -61,9 +61,8 @@ class GatingNetwork(nn.Module):
         self.min_size = min_size
         self.gate_norm = config.gate_norm
         self.embed_loss_weight = config.embed_loss_weight
-        self.gate_loss_weight = config.gate_loss_weight
-        if self.gate_loss_weight is None:
-            self.gate_loss_weight = 0.0 if config.has_target else 1.0
+        weight = config.gate_loss_weight
+        self.gate_loss_weight = (0.0 if config.has_target else 1.0) if weight is None else weight
         self.specialisation: SpecialisationConfig = config
         self.similarity_of = config.similarity_of
         self.budget_on_macs = config.target_macs is not None

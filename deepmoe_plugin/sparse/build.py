@@ -55,7 +55,7 @@ def library() -> Any:
 
 def _built(command: str, flags: tuple[str, ...]) -> Path:
     """The library, from the cache folder or built anew; written aside first, as other processes may build it too."""
-    facts = [SOURCE.read_text(), command, *flags, _processor()]
+    facts = [SOURCE.read_text(), command, *flags, processor()]
     facts.append(subprocess.run([command, '--version'], capture_output=True, text=True, check=True).stdout)
     name = hashlib.sha256('\n'.join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / f'program-{name}.so'
@@ -68,8 +68,8 @@ def _built(command: str, flags: tuple[str, ...]) -> Path:
     return path
 
 
-def _processor() -> str:
-    """What the processor can do: a home folder may be shared by different machines."""
+def processor() -> str:
+    """What the processor can do, as the system words it: a home folder may be shared by different machines."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
