@@ -124,12 +124,13 @@ def _train_embedding(
 
     Returns:
         rows (N, K) and offset (N,) of the prediction `offset + rows (K e - 1)`: K times the mixture is one on average,
-        so that the rows have the scale of what they predict.
+        so that the rows have the scale of what they predict; zero where there is nothing to learn.
     """
     gating = network.gating
     count = gating.gates.weight.shape[1]
     rows = nn.Parameter(0.1 * torch.randn(len(mean), count, device=mean.device))
     offset: Tensor | None = None
+    missed, varied = torch.zeros_like(mean), torch.zeros_like(mean)
     nn.init.normal_(gating.embedding.mixture.weight, std=0.05)
     gating.embedding.requires_grad_(True)
     optimizer = torch.optim.Adam([*gating.embedding.parameters(), rows], lr=LEARNING_RATE)
@@ -147,14 +148,19 @@ def _train_embedding(
             steps += 1
             offset.lerp_(goal.mean(0), 1 / steps)
             gating.embedding.train()
-            loss = (offset + (count * gating.embedding(inputs) - 1) @ rows.t() - goal).square().mean()
+            errors = (offset + (count * gating.embedding(inputs) - 1) @ rows.t() - goal).square()
+            loss = errors.mean()
             gating.embedding.eval()
+            if epoch == epochs - 1:
+                missed += errors.detach().sum(0)
+                varied += (goal - offset).square().sum(0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     if offset is None:
         return torch.zeros_like(rows), torch.zeros_like(mean)
-    return rows.detach(), offset
+    # An expert whose use the embedding predicts worse than its mean stays the same for all images.
+    return rows.detach() * (missed < varied)[:, None], offset
 
 
 @torch.no_grad()

