@@ -75,7 +75,15 @@ class GatedActivation(nn.Module):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Map a map `x` and gates `(B, C)` to the gated map; overwrites `x`."""
         gate = given(gate)
-        if is_traced(x) or (self.trains_closed and gate.requires_grad):
+        if is_traced(x):
+            return self.act(x) * spread(gate.to(x.dtype), self.channels_last)
+        width = x.shape[-1 if self.channels_last else 1]
+        if gate.shape[1] != width:
+            raise ValueError(
+                f'A gated activation got {width} channels and {gate.shape[1]} gates: something else has changed '
+                'the width of a gated layer. deepmoe_plugin.prune removes experts with their gates.'
+            )
+        if self.trains_closed and gate.requires_grad:
             return self.act(x) * spread(gate.to(x.dtype), self.channels_last)
         if is_plain(self.act, nn.ReLU):
             return _Gate.apply(x, gate, True, self.channels_last)

@@ -129,13 +129,18 @@ def check_complete(
         optional: prefixes of tensors that either side may lack, as the classifier's.
 
     Raises:
-        ValueError: tensors are missing or unknown; the message names `source` and the first of them.
+        ValueError: tensors are missing or unknown, or are none; the message names `source` and the first of them.
     """
     ignored = (*optional, *_OPTIONAL)
     own = {key for key in model.state_dict() if not key.startswith(ignored)}
     loaded = {key for key in state_dict if not key.startswith(ignored)}
     if not any(key.startswith(GATING_PREFIX) for key in loaded):
         own = {key for key in own if not key.startswith(GATING_PREFIX)}
+    values = [key for key in sorted(own & loaded) if not isinstance(state_dict[key], Tensor)]
+    if values:
+        raise ValueError(
+            f'{source} holds a {type(state_dict[values[0]]).__name__} for {values[0]}: save the model again.'
+        )
     missing = sorted(key for key in own - loaded if not key.endswith('num_batches_tracked'))
     unknown = sorted(loaded - own)
     if missing or unknown:

@@ -106,11 +106,20 @@ def gate_statistics(model: nn.Module, images: Tensor | Iterable[Tensor | tuple[T
     network = find_deepmoe(model)
     device = network.gating.gates.weight.device
     batches = [images] if isinstance(images, Tensor) else images
-    first_items = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
-    kept = [kept_experts(network, batch.to(device)).cpu() for batch in first_items]
+    kept = [kept_experts(network, _images_of(batch).to(device)).cpu() for batch in batches]
     if not kept:
         raise ValueError('images is empty: there is nothing to take statistics of.')
     return join_kept(network, kept)
+
+
+def _images_of(batch: Any) -> Tensor:
+    images = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, Sequence) and len(batch) else None
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f'Expected batches of images, or tuples that start with one, got a {type(batch).__name__}: pass '
+            "(batch['image'] for batch in loader) or the like."
+        )
+    return images
 
 
 def join_kept(network: GatedNetwork, kept: Sequence[Tensor]) -> GateStatistics:

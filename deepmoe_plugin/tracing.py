@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
@@ -20,9 +20,10 @@ def is_transformed(x: Any) -> bool:
     """
     if torch.compiler.is_compiling():  # the compiler cannot trace the questions below
         return torch.compiler.is_exporting()
+    if not isinstance(x, Tensor):
+        return is_symbolic(x)
     return (
-        is_symbolic(x)
-        or isinstance(x, FakeTensor)
+        isinstance(x, FakeTensor)
         or torch.jit.is_tracing()
         or torch._C._functorch.is_legacy_batchedtensor(x)  # torch.autograd.grad(is_grads_batched=True)
         or torch._C._functorch.peek_interpreter_stack() is not None

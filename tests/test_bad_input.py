@@ -12,6 +12,7 @@ from small_networks import images, randomise, small
 from timm.models.resnet import Bottleneck
 from torch import nn
 
+import deepmoe_plugin
 from deepmoe_plugin import count_macs
 from deepmoe_plugin.models.deepmoe_vgg import DeepMoEVGG
 
@@ -298,3 +299,37 @@ def test_vgg_built_by_hand_takes_the_same_checks():
 def test_a_checkpoint_that_fits_is_taken(tmp_path):
     file = saved(tmp_path, randomise(small(CIFAR, gated=False)).state_dict())
     assert load(file)(images()).isfinite().all()
+
+
+def test_gate_heads_that_are_not_finite():
+    """Masked execution would return NaN, sparse execution would take the experts for closed."""
+    model = small('basic').eval()
+    with torch.no_grad():
+        model.gating.gates.weight[3, 0] = math.nan
+    for run in (model, deepmoe_plugin.sparsify(model)):
+        with pytest.raises(ValueError, match=r'gating\.gates\.weight is not finite'):
+            run(images())
+
+
+def test_images_that_are_no_tensor():
+    with pytest.raises(TypeError, match='ndarray'):
+        small('basic')(images().numpy())
+
+
+def test_checkpoint_with_something_else_for_a_tensor(tmp_path):
+    model = timm.create_model('wide_deepmoe_resnet20_cifar')
+    torch.save({**model.state_dict(), 'conv1.weight': None}, tmp_path / 'a.pth')
+    overlay = dict(file=str(tmp_path / 'a.pth'))
+    with pytest.raises(ValueError, match=r'a\.pth holds a NoneType for conv1\.weight'):
+        timm.create_model('wide_deepmoe_resnet20_cifar', pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize('take', [deepmoe_plugin.gate_statistics, deepmoe_plugin.prune])
+def test_loaders_of_dictionaries(take):
+    with pytest.raises(ValueError, match='got a dict'):
+        take(small('basic'), [{'image': images()}])
+
+
+def test_calibration_without_images():
+    with pytest.raises(ValueError, match='calibrate holds no image'):
+        deepmoe_plugin.sparsify(small('basic'), calibrate=images()[:0])

@@ -113,9 +113,9 @@ class GatingNetwork(nn.Module):
             mixture = self.embedding.mix(samples)
         else:
             mixture = self.embedding(x)
-        if checked:
-            self._check_finite(mixture)
         preact = self.gates(mixture)
+        if checked:
+            self._check_finite(mixture, preact)
         gates = self.gates.cut(preact, straight_through=self.budget is not None and self.training)
         if (self.training or self.frozen) and self.passes.wanted(x):
             return self.passes.leave(self._record(mixture, preact, x if samples is None else samples), gates)
@@ -168,7 +168,9 @@ class GatingNetwork(nn.Module):
                 if parameter.requires_grad and isinstance(parameter, nn.Parameter):  # not what torch.func puts there
                     parameter.requires_grad_(False)
 
-    def _check_images(self, x: Tensor) -> None:
+    def _check_images(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f'Expected images as a tensor, got a {type(x).__name__}: use torch.as_tensor.')
         if x.ndim != 4:
             raise ValueError(f'Expected images of shape (batch, {self.in_chans}, height, width), got {tuple(x.shape)}.')
         if x.shape[1] != self.in_chans:
@@ -184,12 +186,17 @@ class GatingNetwork(nn.Module):
                 f'got {x.shape[2]}x{x.shape[3]}: resize them.'
             )
 
-    def _check_finite(self, mixture: Tensor) -> None:
+    def _check_finite(self, mixture: Tensor, preact: Tensor) -> None:
         # On an accelerator this would stop the host at every step, so it runs where looking costs nothing.
-        if mixture.device.type != 'cpu':
+        if preact.device.type != 'cpu':
             return
-        finite = mixture.isfinite().all(dim=1)
+        finite = preact.isfinite().all(dim=1)
         if not finite.all():
+            if mixture.isfinite().all():
+                raise ValueError(
+                    'gating.gates.weight is not finite: the checkpoint is damaged, or training has diverged (lower the '
+                    'learning rate).'
+                )
             bad = (~finite).nonzero().flatten().tolist()
             raise ValueError(
                 f'The latent mixture weights of image(s) {bad} in the batch are not finite: the images hold NaN or '

@@ -29,6 +29,8 @@ def sparsify(model: nn.Module, calibrate: Tensor | None = None, cache_mb: float 
     """
     if cache_mb < 0:
         raise ValueError(f'cache_mb must be at least 0, got {cache_mb}.')
+    if calibrate is not None and not len(calibrate):
+        raise ValueError('calibrate holds no image: give as many as are to come at once.')
     network = find_deepmoe(model)
     sparse = SparseNetwork(network, cache_mb)
     if calibrate is not None:
