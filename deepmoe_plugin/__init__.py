@@ -16,6 +16,8 @@ from .pruning import Pruning, prune
 from .stats import GateStatistics, gate_statistics
 from .terms import TermSource, gating_terms
 
+__version__ = '0.1.0'
+
 __all__ = [
     'DeepMoE',
     'DeepMoELoss',
@@ -24,6 +26,7 @@ __all__ = [
     'MacsReport',
     'Pruning',
     'TermSource',
+    '__version__',
     'count_macs',
     'deepmoe_resnet',
     'deepmoe_vgg',

@@ -450,8 +450,9 @@ def test_gpu_is_waited_for_once(batch: int) -> None:
 def test_speed_on_a_gpu(arguments: tuple[str, ...], bar: float, tmp_path: Path, capfd: Any) -> None:
     """The bars of docs/results/sparse.md, which are for an H200."""
     options = ('--device', 'cuda', '--dtype', 'bfloat16', '--calibrate', '--out', str(tmp_path / 'result'))
-    command = [sys.executable, str(Path(__file__).parents[1] / 'tools' / 'benchmark.py'), *arguments, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, '-m', 'deepmoe_plugin', 'benchmark', *arguments, *options]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with capfd.disabled():
         print(done.stdout)

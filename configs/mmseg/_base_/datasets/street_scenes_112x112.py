@@ -1,4 +1,4 @@
-# What tools/street_scenes.py writes: generated scenes, in the layout and with the labels of CityScapes.
+# What `deepmoe street-scenes` writes: generated scenes, in the layout and with the labels of CityScapes.
 _base_ = './cityscapes_832x832.py'
 data_root = 'data/street_scenes'
 crop_size = (112, 112)

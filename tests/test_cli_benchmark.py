@@ -1,4 +1,4 @@
-"""tools/benchmark.py with random gates, with the gates of a checkpoint, and with wrong arguments."""
+"""deepmoe benchmark with random gates, with the gates of a checkpoint, and with wrong arguments."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ MODEL = ('wide_deepmoe_resnet20_cifar', '--size', '32', '--num-classes', '10', '
 
 
 def benchmark(*args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / 'tools' / 'benchmark.py'), *args]
+    command = [sys.executable, '-m', 'deepmoe_plugin', 'benchmark', *args]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 

@@ -1,9 +1,8 @@
-"""tools/flops.py: the table, the paper's claims that follow from it, configs of both frameworks, and images."""
+"""deepmoe flops: the table, the paper's claims that follow from it, configs of both frameworks, and images."""
 
 import json
 import re
 
-import flops
 import numpy as np
 import pytest
 import timm
@@ -13,6 +12,7 @@ from small_networks import randomise
 from torch import Tensor
 
 from deepmoe_plugin import count_macs, gate_statistics
+from deepmoe_plugin.cli import flops
 
 SMALL = ['wide_deepmoe_resnet20_cifar', '--model-kwargs', 'layers=(1,1,1)', 'num_classes=4']
 
@@ -126,7 +126,7 @@ def test_size_of_the_images(capsys):
 
 
 def test_timm_config(capsys):
-    flops.main([str(flops.CONFIGS / 'table4_w1_high.yaml'), '--kept', '1'])
+    flops.main(['table4_w1_high', '--kept', '1'])
     assert table(capsys.readouterr().out)['narrow_deepmoe_vgg16_cifar']['params (M)'] == '24.148'
 
 

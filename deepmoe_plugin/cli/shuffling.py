@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from subject import Subject
 from torch import Tensor
 from tqdm import tqdm
 
-from deepmoe_plugin import find_deepmoe
+from ..network import find_deepmoe
+from .subject import Subject
 
 Rows = list[dict[str, Any]]
 

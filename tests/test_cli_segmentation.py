@@ -1,4 +1,4 @@
-"""tools/train.py, test.py and street_scenes.py as a user runs them, and mmseg's own train.py on our configs."""
+"""deepmoe train, test and street-scenes as a user runs them, and mmseg's own train.py on our configs."""
 
 import os
 import runpy
@@ -154,7 +154,7 @@ def test_resumed_training_can_be_tested(
         tmp_path / 'labels')  # fmt: skip
     printed = capfd.readouterr()
     assert all(name in printed.out + printed.err for name in ('mIoU', 'kept_experts', 'gmacs'))
-    pictures, labels = (sorted((tmp_path / name).glob('*.png')) for name in ('pictures', 'labels'))
+    pictures, labels = (sorted((tmp_path / name).rglob('*.png')) for name in ('pictures', 'labels'))
     inputs = sorted((scenes / 'leftImg8bit/val').rglob('*.png'))
     assert [path.stem for path in pictures] == [path.stem for path in labels] == [path.stem for path in inputs]
     palette = np.array(CityscapesDataset.METAINFO['palette'], np.uint8)
@@ -193,7 +193,7 @@ def test_other_ways_to_test(
     predictions = []
     for name, extra in (('plain', []), ('other', options)):
         run('test.py', small_config, tmp_path / 'random.pth', '--work-dir', tmp_path, '--out', tmp_path / name, *extra)
-        predictions.append([np.asarray(Image.open(path)) for path in sorted((tmp_path / name).glob('*.png'))])
+        predictions.append([np.asarray(Image.open(path)) for path in sorted((tmp_path / name).rglob('*.png'))])
     same = np.mean(np.equal(*predictions))
     sparse = options == ['--sparse']
     assert len(swapped) == sparse
@@ -211,6 +211,102 @@ def refused(run: Run, capsys: pytest.CaptureFixture, *args: object) -> str:
         run(*args)
     assert error.value.code == 2
     return capsys.readouterr().err
+
+
+def test_images_of_one_name_in_two_folders(
+    run: Run, checkpoint: Path, small_config: Path, scenes: Path, tmp_path: Path
+) -> None:
+    """Pictures and label maps keep the folders of their images."""
+    for kind, suffix in (('leftImg8bit', 'leftImg8bit'), ('gtFine', 'gtFine_labelTrainIds')):
+        (source,) = scenes.glob(f'{kind}/val/*/*000000_000019_{suffix}.png')
+        for city in ('walk', 'drive'):
+            (tmp_path / kind / 'val' / city).mkdir(parents=True)
+            shutil.copy(source, tmp_path / kind / 'val' / city / f'0001_{suffix}.png')
+    folders = [('--show-dir', tmp_path / 'pictures'), ('--out', tmp_path / 'labels')]
+    run('test.py', small_config, checkpoint, '--work-dir', tmp_path / 'work', *folders[0], *folders[1],
+        '--cfg-options', f'test_dataloader.dataset.data_root={tmp_path}')  # fmt: skip
+    for _, folder in folders:
+        written = sorted(str(path.relative_to(folder)) for path in folder.rglob('*.png'))
+        assert written == ['drive/0001_leftImg8bit.png', 'walk/0001_leftImg8bit.png']
+
+
+PURE = """
+from deepmoe_plugin.mmseg import DeepMoEResNet
+from mmseg.datasets import CityscapesDataset
+from mmseg.datasets.transforms import LoadAnnotations, PackSegInputs
+from mmcv.transforms import LoadImageFromFile
+
+dataset = dict(
+    type=CityscapesDataset, data_root={root!r}, data_prefix=dict(img_path={images!r}, seg_map_path='gtFine/train'),
+    pipeline=[dict(type=LoadImageFromFile), dict(type=LoadAnnotations), dict(type=PackSegInputs)],
+)
+"""
+
+
+def pure(tmp_path: Path, root: Path, images: str = 'leftImg8bit/train') -> Path:
+    """A config in pure Python, whose types are classes, for one iteration of training."""
+    path = tmp_path / 'pure.py'
+    path.write_text(
+        PURE.format(root=str(root), images=images) + 'default_scope = "mmseg"\n'
+        'train_dataloader = dict(batch_size=2, num_workers=0, dataset=dataset,\n'
+        '                        sampler=dict(type="InfiniteSampler", shuffle=True))\n'
+        'train_cfg = dict(type="IterBasedTrainLoop", max_iters=1)\n'
+        'optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="SGD", lr=0.01))\n'
+        'model = dict(type="EncoderDecoder", backbone=dict(type=DeepMoEResNet, depth=18, widen=0.25),\n'
+        '             data_preprocessor=dict(type="SegDataPreProcessor", size=(64, 128), seg_pad_val=255),\n'
+        '             decode_head=dict(type="FCNHead", in_channels=512, in_index=3, channels=8, num_convs=1,\n'
+        '                              num_classes=19, norm_cfg=dict(type="BN")),\n'
+        '             train_cfg=dict(), test_cfg=dict(mode="whole"))\n'
+        'custom_hooks = [dict(type="deepmoe_plugin.DeepMoELossHook")]\n'
+        'default_hooks = dict(checkpoint=dict(type="CheckpointHook", interval=1, by_epoch=False))\n'
+    )
+    return path
+
+
+def test_config_in_pure_python(run: Run, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    message = refused(run, capsys, 'train.py', pure(tmp_path, scenes, 'nowhere'))
+    assert f'folder {scenes}/nowhere does not exist' in message
+    assert 'csCreateTrainIdLabelImgs' in message
+    run('train.py', pure(tmp_path, scenes), '--work-dir', tmp_path / 'work')
+    state = torch.load(tmp_path / 'work/iter_1.pth', weights_only=False)['state_dict']
+    assert 'backbone.gating.heads.weight' in state
+
+
+@pytest.mark.parametrize(
+    ('option', 'message'),
+    [
+        (
+            'train_dataloader.dataset.type=CityscapesDatset',
+            'train_dataloader.dataset: there is no type CityscapesDatset;',
+        ),
+        ('model.backbone.type=DeepMoEResNt', 'no type DeepMoEResNt; did you mean DeepMoEResNet'),
+        ('model.decode_head.type=FNCHead', 'no type FNCHead; did you mean FPNHead or FCNHead'),
+        ('custom_hooks.0.type=GateStatisticHook', 'no type GateStatisticHook; did you mean GateStatisticsHook'),
+        ('train_dataloader.dataset.pipeline.0.type=LoadImage', 'no type LoadImage; did you mean LoadImageFromFile'),
+    ],
+)
+def test_misspelt_types_are_named(run: Run, capsys: pytest.CaptureFixture, option: str, message: str) -> None:
+    assert message in refused(run, capsys, 'train.py', STREETS, '--cfg-options', option)
+
+
+def test_config_of_timm(run: Run, capsys: pytest.CaptureFixture) -> None:
+    message = refused(run, capsys, 'train.py', 'wide_deepmoe_resnet50_imagenet')
+    assert 'deepmoe run train.py --config wide_deepmoe_resnet50_imagenet' in message
+
+
+def test_tta_that_the_config_lacks(run: Run, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / 'x.pth').touch()
+    assert '--tta needs tta_pipeline and tta_model in the config' in refused(
+        run, capsys, 'test.py', pure(tmp_path, scenes), tmp_path / 'x.pth', '--tta'
+    )
+
+
+def test_configs_by_name(run: Run, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    option = f'train_dataloader.dataset.data_root={tmp_path}/nowhere'
+    for name in ('drn50_cityscapes', 'drn50_cityscapes.py'):
+        message = refused(run, capsys, 'train.py', name, '--cfg-options', option)
+        assert f'folder {tmp_path}/nowhere/leftImg8bit/train does not exist' in message
+    assert 'did you mean drn50_cityscapes' in refused(run, capsys, 'train.py', 'drn50_cityscape')
 
 
 def test_missing_config(run: Run, capsys: pytest.CaptureFixture) -> None:

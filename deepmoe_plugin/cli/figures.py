@@ -227,7 +227,7 @@ def draw_embedding(points: np.ndarray, kinds: Sequence[str], axis_labels: tuple[
     for i, kind in enumerate(names):
         chosen = points[[name == kind for name in kinds]]
         style = {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
-        axes.scatter(*chosen.T, s=size, alpha=0.7, linewidths=0, label=kind, **style)
+        axes.scatter(chosen[:, 0], chosen[:, 1], s=size, alpha=0.7, linewidths=0, label=kind, **style)
     axes.set(xlabel=axis_labels[0], ylabel=axis_labels[1])
     axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8, markerscale=(40 / size) ** 0.5, ncols=columns)
     return figure

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from sources import Images, create_images, create_network, read_settings
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from deepmoe_plugin import GateStatistics, find_deepmoe, gate_statistics
-from deepmoe_plugin.macs import macs_table
+from ..macs import macs_table
+from ..network import find_deepmoe
+from ..stats import GateStatistics, gate_statistics
+from .images import Images, create_images
+from .networks import create_network, read_settings
 
 
 class Subject(NamedTuple):
@@ -57,7 +59,7 @@ def look(args: argparse.Namespace) -> Subject:
     """
     settings = read_settings(args.network, args)
     images = create_images(args, settings)
-    model = create_network(settings, args.checkpoint, args.use_ema, args.device)
+    model = create_network(settings, args)
     network = find_deepmoe(model)
     mixtures: list[Tensor] = []
     labels: list[Tensor] = []

@@ -1,10 +1,8 @@
-"""tools/analyze.py: every figure of a small trained network, and the numbers behind it."""
+"""deepmoe analyze: every figure of a small trained network, and the numbers behind it."""
 
 import csv
 import json
 
-import analyze
-import evaluate
 import numpy as np
 import pytest
 import timm
@@ -15,6 +13,7 @@ from torch import nn
 
 import deepmoe_plugin
 from deepmoe_plugin import count_macs, gate_statistics
+from deepmoe_plugin.cli import analyze, evaluate
 
 CLASSES = ['blue_dark', 'blue_light', 'red_dark', 'red_light']
 GROUPS = {name: name.split('_')[0] for name in CLASSES}
@@ -253,7 +252,7 @@ def test_shuffling_uses_the_mixtures_of_the_donor(folder, truth):
 
 @pytest.fixture(scope='module')
 def runs(folder, tmp_path_factory):
-    """JSON files of evaluate.py: a dense network of two widths, a DeepMoE network twice."""
+    """JSON files of `deepmoe evaluate`: a dense network of two widths, a DeepMoE network twice."""
     out = tmp_path_factory.mktemp('runs')
     common = ['--data-dir', str(folder / 'images'), '--workers', '0']
     small = ['--model-kwargs', 'layers=(1,1,1)']
@@ -300,7 +299,7 @@ def test_stock_networks_have_no_width(folder, tmp_path, capsys):
         ('similarity', ['--groups', 'SHORT'], "leaves out 'red_dark'"),
         ('shuffle', ['--groups', 'ONE'], 'separates nothing'),
         ('pareto', ['--series', 'only_a_name'], 'has no files'),
-        ('pareto', ['--series', 'a', 'ONE'], 'no JSON file of tools/evaluate.py'),
+        ('pareto', ['--series', 'a', 'ONE'], 'no JSON file of `deepmoe evaluate`'),
     ],
 )
 def test_mistakes_are_named(figure, tmp_path, command, options, message, capsys):

@@ -1,10 +1,9 @@
-"""tools/evaluate.py: timm's accuracy, the gates' numbers, and errors that name the mistake."""
+"""deepmoe evaluate: timm's accuracy, the gates' numbers, and errors that name the mistake."""
 
 import argparse
 import csv
 import json
 
-import evaluate
 import numpy as np
 import pytest
 import timm
@@ -16,6 +15,7 @@ from timm.utils import AverageMeter, accuracy
 from torch import nn
 
 from deepmoe_plugin import count_macs, gate_statistics
+from deepmoe_plugin.cli import evaluate
 
 CLASSES = ['apple', 'bear', 'crab', 'dolphin', 'elephant', 'fox']
 NAME = 'wide_deepmoe_resnet20_cifar'

@@ -1,0 +1,354 @@
+"""Time sparse execution against masked dense execution, against an ideal thin network and against the dense base.
+
+All variants run in one process, one after the other in every repetition, on the same images and gates. Each
+repetition draws new gates, so that no gathered weight is used twice. Norms are folded in every variant, and each plain
+network runs in the memory format that suits it best. Gates are random ones at an exact fraction, without the time of
+the gating network, or those that a trained checkpoint gives to real images, with it.
+
+    deepmoe benchmark wide_deepmoe_resnet50 --kept 0.5 --out results/resnet50
+    deepmoe benchmark wide_deepmoe_resnet50 --checkpoint model_best.pth.tar --images imagenet/val
+"""
+
+import argparse
+import copy
+import csv
+import functools
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_dataset, create_transform
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import deepmoe_plugin
+
+from ..experts import expert_widths
+from ..macs import MacsTable
+from ..sparse.fold import fold_norm
+from .images import data_config
+from .networks import NETWORK_HELP, add_network_arguments, create_network, read_settings
+from .timm_options import model_arguments
+
+DTYPES = {name: getattr(torch, name) for name in ('float32', 'bfloat16', 'float16', 'float64')}
+VARIANTS = {
+    'masked': 'masked dense',
+    'sparse': 'sparse',
+    'thin': 'ideal thin',
+    'thin_fused': 'ideal thin, this engine',
+    'base': 'dense base, unwidened',
+}
+
+
+class SyntheticGates(nn.Module):
+    """Stands in for a gating network: random experts, an exact fraction of every layer, different for each image.
+
+    Attributes:
+        images: the batch (B, in_chans, H, W) that all variants run on until the next `draw`.
+        counts: experts that a thin network of the same cost has in each layer.
+    """
+
+    def __init__(self, widths: list[int], images: Tensor, kept: float) -> None:
+        super().__init__()
+        self.widths, self.images = widths, images
+        self.batch, self.device = len(images), images.device
+        self.counts = [min(width, round(width * kept)) for width in widths]
+        self.current: list[Tensor] = []
+        self.draw()
+
+    def draw(self) -> None:
+        """Choose the experts of the next repetition."""
+        gates = []
+        for width, count in zip(self.widths, self.counts, strict=True):
+            chosen = torch.rand(self.batch, width).argsort(1).argsort(1) < count
+            gates.append((chosen * torch.empty(self.batch, width).uniform_(0.5, 1.5)).to(self.device))
+        self.current[:] = gates
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(self.current)
+
+
+class RealGates:
+    """Batches of images whose gates the model itself computes; attributes as those of `SyntheticGates`."""
+
+    def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
+        self.batches = itertools.cycle(batches)
+        self.stats = deepmoe_plugin.gate_statistics(model, batches)
+        by_layer = zip(self.stats.widths, self.stats.by_layer().values(), strict=True)
+        self.counts = [round(width * kept) for width, kept in by_layer]
+        self.draw()
+
+    def draw(self) -> None:
+        """Go on to the next batch."""
+        self.images = next(self.batches)
+
+
+def load_images(in_chans: int, args: argparse.Namespace, settings: dict[str, Any]) -> list[Tensor]:
+    """As many batches of real images as there are repetitions, prepared as timm does with these settings."""
+    config = data_config({**settings, 'input_size': (in_chans, *args.size)})
+    mode = settings.get('input_img_mode') or ('RGB' if in_chans == 3 else 'L')
+    dataset = create_dataset('', root=args.images, transform=create_transform(**config), input_img_mode=mode)
+    if len(dataset) < args.batch:
+        raise SystemExit(f'--images {args.images} holds {len(dataset)} images, fewer than --batch {args.batch}.')
+    wanted = args.batch * min(args.repeats, len(dataset) // args.batch)
+    chosen = torch.randperm(len(dataset))[:wanted].tolist()
+    images = torch.stack([dataset[i][0] for i in tqdm(chosen, desc='images')])
+    return list(images.to(args.device, DTYPES[args.dtype]).split(args.batch))
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy for inference whose norms are folded into the convolutions before them."""
+    model = copy.deepcopy(model).eval()
+    previous = ('', None)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d) and isinstance(previous[1], nn.Conv2d):
+            conv = previous[1]
+            weight, bias = fold_norm(conv, module)
+            conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+            model.set_submodule(name, nn.Identity())
+        if not list(module.children()):
+            previous = (name, module)
+    return model
+
+
+FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
+FORMAT_TRIALS, FORMAT_SECONDS = 8, 20
+
+
+def best_format(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
+    """The model in the faster of both memory formats."""
+    candidates = {
+        name: (copy.deepcopy(model).to(memory_format=memory_format), x.contiguous(memory_format=memory_format))
+        for name, memory_format in FORMATS.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for trial in range(FORMAT_TRIALS):
+        if trial > 1 and sum(map(sum, times.values())) > FORMAT_SECONDS:
+            break
+        for name, (candidate, images) in candidates.items():
+            times[name].append(measure(functools.partial(candidate, images), 'wall'))
+    best = min(times, key=lambda name: min(times[name]))
+    return candidates[best][0], best
+
+
+def measure(function: Callable[[], Any], clock: str) -> float:
+    """Seconds that one call takes."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    now = time.perf_counter if clock == 'wall' else time.process_time
+    start = now()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return now() - start
+
+
+def build(
+    args: argparse.Namespace, kept: float | None
+) -> tuple[dict[str, Callable[[], Callable[[], Any]]], SyntheticGates | RealGates, dict[str, Any]]:
+    """The variants, the gates that they share, and facts about them.
+
+    A variant prepares the images of the current draw, which is not timed, and returns the function to time.
+    """
+    dtype, device = DTYPES[args.dtype], torch.device(args.device)
+    height, width = args.size
+    settings = {'num_classes': 1000, **read_settings(args.network, args)}
+    name = settings['model']
+    network = create_network(settings, args).to(dtype)
+    if not isinstance(network, deepmoe_plugin.DeepMoE):
+        raise ValueError(f'{name} has no gates: choose a deepmoe model.')
+    structure = dict(model_arguments(settings), device=device)
+    deepmoe_plugin.GatingConfig.pop_from(structure)
+    model: Any = network
+    widths = expert_widths(model, model.expert_layers)
+    gates: SyntheticGates | RealGates
+    if kept is None:
+        gates = RealGates(model, load_images(model.in_chans, args, settings))
+    else:
+        x = torch.randn(args.batch, model.in_chans, height, width, device=device, dtype=dtype)
+        gates = model.gating = SyntheticGates(widths, x, kept)
+    plain: Any = timm.create_model(name, gated=False, **dict(structure, widen=1)).to(dtype).eval()
+    base_widths = expert_widths(plain, plain.expert_layers)
+    factors = [max(1, n) / base for n, base in zip(gates.counts, base_widths, strict=True)]
+    table = MacsTable(plain, (height, width))
+    facts: dict[str, Any] = {'model': name, 'base_gmacs': table.dense() / 1e9}
+    functions: dict[str, Callable[[], Callable[[], Any]]] = {}
+
+    def add(variant: str, network: nn.Module, tune: bool = True) -> None:
+        memory_format = torch.preserve_format
+        if tune:
+            network, facts[f'{variant}_format'] = best_format(network, gates.images)
+            memory_format = FORMATS[facts[f'{variant}_format']]
+
+        def prepare() -> Callable[[], Any]:
+            images = gates.images.clone(memory_format=memory_format)
+            return lambda: network(images)
+
+        functions[variant] = prepare
+
+    if 'masked' in args.variants:
+        add('masked', folded(model))
+    if 'sparse' in args.variants:
+        gates.draw()
+        x = gates.images
+        sparse = deepmoe_plugin.sparsify(model, calibrate=x if args.calibrate else None, cache_mb=0)
+        add('sparse', sparse, tune=False)
+    if 'thin' in args.variants:
+        thin = timm.create_model(name, gated=False, **dict(structure, widen=factors)).to(dtype)
+        facts['thin_gmacs'] = MacsTable(thin, (height, width)).dense() / 1e9
+        add('thin', folded(thin))
+    if 'thin_fused' in args.variants:
+        thin = timm.create_model(name, **dict(structure, widen=factors)).to(dtype).eval()
+        thin.gating = SyntheticGates([max(1, n) for n in gates.counts], gates.images, 1)
+        add('thin_fused', deepmoe_plugin.sparsify(thin), tune=False)
+    if 'base' in args.variants:
+        add('base', folded(plain))
+    return functions, gates, facts
+
+
+def run(args: argparse.Namespace, kept: float | None) -> dict[str, Any]:
+    """Time all variants at one fraction of kept experts, or with the gates of real images (None)."""
+    functions, gates, facts = build(args, kept)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    if isinstance(gates, RealGates):
+        kept = gates.stats.kept_experts
+    for repetition in tqdm(range(-args.warmup, args.repeats), desc=f'{facts["model"]} kept {kept:.3g}'):
+        gates.draw()
+        for name, prepare in functions.items():
+            seconds = measure(prepare(), args.clock)
+            if repetition >= 0:
+                times[name].append(seconds)
+    row: dict[str, Any] = {
+        'size': f'{args.size[0]}x{args.size[1]}',
+        'batch': args.batch,
+        'dtype': args.dtype,
+        'threads': torch.get_num_threads(),
+        'kept': kept,
+    }
+    row |= {f'{name}_ms': 1e3 * statistics.median(values) for name, values in times.items()}
+    for name, of, by in (
+        ('speedup', 'masked', 'sparse'),
+        ('efficiency', 'thin', 'sparse'),
+        ('efficiency_fused', 'thin_fused', 'sparse'),
+    ):
+        if of in times and by in times:
+            row[name] = statistics.median(a / b for a, b in zip(times[of], times[by], strict=True))
+    return row | facts
+
+
+def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Print the table; with `--out`, write it with what it was measured on, and a plot."""
+    for row in rows:
+        setting = ', '.join(f'{key} {row[key]}' for key in ('size', 'batch', 'dtype', 'threads'))
+        setting += f', kept {row["kept"]:.3g}'
+        print(f'\n{row["model"]}: {setting}')
+        for name, label in VARIANTS.items():
+            if f'{name}_ms' in row:
+                print(f'  {label:26}{row[f"{name}_ms"]:10.2f} ms')
+        for name, label in (
+            ('speedup', 'speed-up over masked'),
+            ('efficiency', 'efficiency (thin / sparse)'),
+            ('efficiency_fused', 'the same, thin fused'),
+        ):
+            if name in row:
+                print(f'  {label:26}{row[name]:10.3f}')
+    if args.out is None:
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    circumstances = {
+        'processor': processor_name(args.device),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'python': platform.python_version(),
+        'arguments': {key: str(value) for key, value in vars(args).items()},
+    }
+    args.out.with_suffix('.json').write_text(json.dumps({'setting': circumstances, 'rows': rows}, indent=2) + '\n')
+    with args.out.with_suffix('.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(args, rows)
+
+
+def processor_name(device: str) -> str:
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    for line in Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else ():
+        if line.startswith('model name'):
+            return line.split(':', 1)[1].strip()
+    return platform.processor()
+
+
+def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+    except ImportError:
+        print('No plot: matplotlib is not installed.')
+        return
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
+    for name, label in VARIANTS.items():
+        points = [(row.get('thin_gmacs', row['kept']), row[f'{name}_ms']) for row in rows if f'{name}_ms' in row]
+        if points:
+            axes.plot(*zip(*sorted(points), strict=True), marker='o', label=label)
+    axes.set(xlabel='GMACs of the kept experts', ylabel='time of a batch [ms]', title=rows[0]['model'], ylim=(0, None))
+    axes.legend()
+    figure.savefig(args.out.with_suffix('.png'), dpi=150)
+
+
+def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog='deepmoe benchmark', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('network', help=NETWORK_HELP)
+    add_network_arguments(parser)
+    parser.add_argument('--size', type=int, nargs='+', default=[224], help='image height and width (one number: both)')
+    parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--dtype', choices=DTYPES, default='float32')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, help='threads of torch (default: its own choice)')
+    parser.add_argument(
+        '--kept', type=float, nargs='+', help='fraction(s) of experts kept in each layer (default: 0.5)'
+    )
+    parser.add_argument('--images', help='folder of images (any depth) whose gates to use; needs --checkpoint')
+    parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument('--calibrate', action='store_true', help='let sparsify time both ways of every layer first')
+    parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument('--warmup', type=int, default=3)
+    parser.add_argument('--clock', choices=('wall', 'cpu'), default='wall', help='cpu: time of all threads together')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--out', type=Path, help='writes OUT.csv, OUT.json and OUT.png')
+    args = parser.parse_args(argv)
+    args.size = args.size * 2 if len(args.size) == 1 else args.size
+    if len(args.size) != 2:
+        parser.error('--size takes one or two numbers')
+    if args.kept and any(not 0 <= kept <= 1 for kept in args.kept):
+        parser.error('--kept takes fractions between 0 and 1')
+    if bool(args.checkpoint) != bool(args.images):
+        parser.error('--checkpoint and --images go together: the trained gates and the images that they see')
+    if args.checkpoint and args.kept:
+        parser.error('--kept makes random gates, --checkpoint brings its own: give one of them')
+    return parser, args
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    fractions = [None] if args.checkpoint else args.kept or [0.5]
+    try:
+        rows = [run(args, kept) for kept in fractions]
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    report(args, rows)
