@@ -25,7 +25,7 @@ class _Gate(torch.autograd.Function):
         if relu:
             y = x.relu_().mul_(scale)
             ctx.mark_dirty(x)
-        else:  # other activations may keep their output for their own backward pass
+        else:  # other activations may need their output in their own backward pass
             y = x * scale
         ctx.save_for_backward(y, gate)
         ctx.relu = relu
@@ -72,6 +72,11 @@ class GatedActivation(nn.Module):
         gate = given(gate)
         if is_traced(x):
             return self.act(x) * gate.to(x.dtype)[:, :, None, None]
+        if gate.shape[1] != x.shape[1]:
+            raise ValueError(
+                f'A gated activation got {x.shape[1]} channels and {gate.shape[1]} gates: something else has changed '
+                'the width of a gated layer. deepmoe_plugin.prune removes experts with their gates.'
+            )
         if is_plain(self.act, nn.ReLU):
             return _Gate.apply(x, gate, True)
         return _Gate.apply(self.act(x), gate, False)

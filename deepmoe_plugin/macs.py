@@ -1,9 +1,9 @@
 """Multiply-accumulates (MACs) of every image.
 
-Convention: one multiply-accumulate counts 1. Counted are convolutions and linear layers, biases not; norms,
-activations, pooling, additions, the softmax and products of two activations (attention) are not. The paper's 'FLOPs'
-are these MACs without the shortcut convolutions (Table 3: its ResNet-50 has 3.73e9), so shortcuts are a group of their
-own. An expert layer costs in proportion to (kept inputs) x (kept outputs) of its convolution.
+Convention: one multiply-accumulate counts 1. Convolutions and linear layers count, without their biases. Norms,
+activations, pooling, additions, the softmax and products of two activations (attention) do not count. The paper's
+'FLOPs' are these MACs without the shortcut convolutions (Table 3: its ResNet-50 has 3.73e9), so shortcuts are a group
+of their own. An expert layer costs in proportion to (kept inputs) x (kept outputs) of its convolution.
 
 Groups: 'base' is the base network; 'head' is its classifier, or whatever follows the backbone (decode heads of a
 segmentor); 'embedding' and 'gate_heads' are the gating network. A segmentor is counted as it runs in `tensor` mode on

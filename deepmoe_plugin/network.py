@@ -1,12 +1,16 @@
-"""What all DeepMoE networks share, whatever their base: gates, terms of the loss, freezing."""
+"""What DeepMoE networks of all families share: gates, terms of the loss, freezing."""
 
 from typing import Any
 
+from timm.layers import get_norm_layer
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import nn
 
+from .activation import GatedActivation
 from .checkpoints import adapt_checkpoint
-from .experts import ExpertLayer, GatedNetwork, deepmoe_networks, expert_widths, find_deepmoe
+from .experts import GatedNetwork, deepmoe_networks, expert_widths, find_deepmoe
 from .gating import GatingConfig, GatingNetwork, GatingRecord
+from .gating.watch import GateWatch
 from .losses import check_target, gating_loss
 from .macs import MacsTable
 from .terms import Criterion, Passes, Terms, TermSource
@@ -15,18 +19,36 @@ __all__ = ['DeepMoE', 'deepmoe_networks', 'find_deepmoe', 'freeze_gating', 'unfr
 
 
 class DeepMoE(GatedNetwork, TermSource):
-    """Mixin that adds a gating network to a base network of timm; stands before it in the bases.
+    """Mixin that adds a gating network to a base network of timm; comes before it in the bases.
 
-    The base network keeps timm's state-dict keys; everything new lives under `gating.`.
+    The base network keeps timm's state-dict keys; everything new lives under `gating.`. It sets `in_chans`,
+    `num_classes` and `expert_layers`.
     """
 
-    def add_gating(
-        self, config: GatingConfig, layers: tuple[ExpertLayer, ...], in_chans: int, num_classes: int, **kwargs: Any
-    ) -> None:
-        """Create the gating network for the gated `layers`; call once the base network stands."""
-        widths = expert_widths(self, layers)
-        self.expert_layers = layers
-        gating = GatingNetwork(config, widths, in_chans=in_chans, num_classes=num_classes, **kwargs)
+    in_chans: int
+    num_classes: int
+
+    def add_gating(self, config: GatingConfig, min_size: int, kwargs: dict[str, Any]) -> None:
+        """Gate the activations of `expert_layers`; call it when the base network is complete.
+
+        Args:
+            config: arguments of the gating network.
+            min_size: smallest image side in pixels that the network accepts.
+            kwargs: the base network's arguments, of which norm layer, device and dtype hold for the gating network too.
+        """
+        layers = self.expert_layers
+        for layer in layers:
+            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act)))
+        gating = GatingNetwork(
+            config,
+            expert_widths(self, layers),
+            in_chans=self.in_chans,
+            num_classes=self.num_classes,
+            min_size=min_size,
+            norm_layer=get_norm_layer(kwargs.get('norm_layer') or nn.BatchNorm2d),
+            device=kwargs.get('device'),
+            dtype=kwargs.get('dtype'),
+        )
         # Hosts take the last parameters for the classifier's and give images to the first module, so that the gating
         # network must be neither: it follows the first part of the base network that has gates.
         first = layers[0].conv.partition('.')[0]
@@ -38,6 +60,7 @@ class DeepMoE(GatedNetwork, TermSource):
             if name == first:
                 self.gating = gating
         self._table: MacsTable | None = None
+        self.watch = GateWatch()
         self.register_load_state_dict_pre_hook(adapt_checkpoint)
 
     def keep_first_experts(self, num_layers: int) -> None:
@@ -53,6 +76,17 @@ class DeepMoE(GatedNetwork, TermSource):
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must leave alone: it would close gates that the loss wants kept."""
         return {'gating.gates.weight'}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters for layer decay: the gating network trains at the rate of the last group.
+
+        That is the classifier's. Without one, the gating network joins the last part of the base network, so that no
+        group is added, which would lower the rates of all others.
+        """
+        matcher = super().group_matcher(coarse)  # type: ignore[misc] # of the base network
+        if any(name.startswith(('fc.', 'head.', 'pre_logits.')) for name, _ in self.named_parameters()):
+            return matcher
+        return {**matcher, 'gating': [(r'^gating\.', MATCH_PREV_GROUP)]}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the embedding's where the model has `L_e`."""
@@ -97,7 +131,14 @@ class DeepMoE(GatedNetwork, TermSource):
 
     def terms(self, record: GatingRecord, target: Any, criterion: Criterion | None) -> Terms:
         """The terms `lambda * L_g` and `mu * L_e` of one pass, and the fraction of experts kept."""
-        return gating_loss(self.gating, record, target, criterion, self._macs)
+        gating = self.gating
+        settings = f'it is {gating.gate_loss_weight:g}, with gate_norm={gating.gate_norm!r}'
+        self.watch.see(record.preact.detach() > 0, settings, recovers=gating.budget is not None and not gating.frozen)
+        return gating_loss(gating, record, target, criterion, self._macs)
+
+    def finish_training(self) -> None:
+        """Warn if the gates turned out not to look at the image."""
+        self.watch.finish()
 
     def _macs(self) -> MacsTable:
         """MACs at the nominal image size: only ratios matter, and they hardly change with it."""

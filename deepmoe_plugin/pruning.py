@@ -41,7 +41,7 @@ def prune(model: nn.Module, loader: Iterable[Batch], tolerance: float = 0.0) -> 
     """Remove the experts that no calibration image keeps; what is left is an ordinary model, only smaller.
 
     Without a tolerance the result computes exactly what `model` does (to float rounding) for every image that keeps
-    none of the removed experts, the calibration images among them. At least one expert of each layer stays.
+    none of the removed experts, the calibration images among them. At least one expert of each layer is kept.
 
         smaller = deepmoe_plugin.prune(model, loader)
         timm.models.save_for_hf(smaller, 'pruned', safe_serialization=True)
@@ -87,12 +87,12 @@ def prune(model: nn.Module, loader: Iterable[Batch], tolerance: float = 0.0) -> 
 
 
 def _choose(used: Sequence[Tensor], layers: Sequence[ExpertLayer], tolerance: float) -> list[Tensor]:
-    """Indices of the experts that stay in each layer; all of them where the classifier reads the layer directly."""
+    """Indices of the experts that are kept in each layer; all of them where the classifier reads the layer directly."""
     kept = []
     for layer, part in zip(layers, used, strict=True):
-        stays = part > tolerance if layer.consumer else torch.ones_like(part, dtype=torch.bool)
-        stays[part.argmax()] = True
-        kept.append(stays.nonzero().flatten())
+        is_kept = part > tolerance if layer.consumer else torch.ones_like(part, dtype=torch.bool)
+        is_kept[part.argmax()] = True
+        kept.append(is_kept.nonzero().flatten())
     return kept
 
 

@@ -162,6 +162,9 @@ class TermSource(nn.Module):
             ValueError: names the setting and the remedy.
         """
 
+    def finish_training(self) -> None:
+        """Look back at the end of training, and warn of what made it useless; hosts' hooks call this."""
+
     def terms(self, record: Any, target: Any, criterion: Criterion | None) -> Terms:
         """Compute the terms of one pass; those whose name contains 'loss' are weighted and belong to the loss.
 
@@ -231,6 +234,6 @@ def gating_terms(
         raise ValueError(
             f'No training forward pass of this {type(model).__name__} led to the loss and still has its terms: pass '
             f'the module that computed the loss, ask once after each forward pass and before its backward pass, and '
-            f'checkpoint the activations of blocks, not of the whole network.'
+            f'checkpoint the activations of blocks (set_grad_checkpointing, with_cp=True in mmseg), not of the network.'
         )
     return result

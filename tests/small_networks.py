@@ -35,16 +35,16 @@ def images(batch: int = 2, size: int = 32, channels: int = 3, seed: int = 0, **k
 def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
     """Make every weight and norm statistic count: by default some start at zero, and all gates at one."""
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
+    for _, module in sorted(model.named_modules(), key=lambda item: 'gating' in item[0]):  # the base network first
         if isinstance(module, nn.BatchNorm2d):
             module.weight.uniform_(0.5, 1.5, generator=generator)
             module.bias.normal_(0, 0.3, generator=generator)
             module.running_mean.normal_(0, 0.3, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
     gates = getattr(getattr(model, 'gating', None), 'gates', None)
-    if gates is not None:
+    if isinstance(gates, nn.Module):
         gates.weight.normal_(0.3, 1, generator=generator)
-        model.gating.embedding.fc.weight.normal_(0, 1, generator=generator)
+        model.gating.embedding.mixture.weight.normal_(0, 1, generator=generator)
     return model
 
 

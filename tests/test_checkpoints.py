@@ -188,3 +188,27 @@ def test_folder_saved_by_timm(safe, tmp_path):
     save_for_hf(model, str(tmp_path / 'saved'), safe_serialization=safe)
     loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
     assert torch.equal(loaded(images()), model(images()))
+
+
+@pytest.mark.parametrize('structure', ['cifar', 'vgg'])
+def test_checkpoints_of_earlier_versions_load(structure, tmp_path):
+    """The gate heads were called `heads`, the embedding classifier `classifier`."""
+    model = randomise(small(structure, embed_loss_weight=1))
+    renamed = {'gating.gates.': 'gating.heads.', 'gating.class_scores.': 'gating.classifier.'}
+    old = {}
+    for key, value in model.state_dict().items():
+        start = next((start for start in renamed if key.startswith(start)), '')
+        old[renamed.get(start, '') + key.removeprefix(start)] = value
+    assert 'gating.heads.weight' in old
+    assert 'gating.classifier.bias' in old
+    torch.save(old, tmp_path / 'old.pth')
+    by_timm = small(
+        structure,
+        embed_loss_weight=1,
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'old.pth'), num_classes=10),
+    )
+    wrapped = torch.nn.ModuleDict(dict(backbone=small(structure, embed_loss_weight=1)))
+    wrapped.load_state_dict({f'backbone.{key}': value for key, value in old.items()})
+    for loaded in (by_timm, wrapped['backbone']):
+        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)

@@ -23,13 +23,13 @@ def default_weight(config: GatingConfig, widths: Sequence[int]) -> float:
 class GateBudget(nn.Module):
     """Steers lambda so that the average cost (kept experts or MACs) settles at a target.
 
-    The cost itself says nothing before the first gate reaches zero, and then most follow at once. What lambda answers
-    to is the distance that gates still have to go: the threshold t at which experts with a gate above t would cost
-    just the target. Gates move at a speed proportional to lambda, so with lambda proportional to t they approach the
-    target and slow down on the way; below the target t and lambda are negative, and the gates above t, closed ones
-    included, are to be lifted again. The factor, `strength`, finds its own scale: it grows while the running average
-    of the error in cost is outside the tolerance, and shrinks each time that average changes sign after having been
-    outside. All of it is saved with the model.
+    The cost does not change before the first gate reaches zero, and then most gates follow at once. So lambda follows
+    the distance that gates still have to go: the threshold t at which the experts with a gate above t would cost just
+    the target. Gates move at a speed proportional to lambda. With lambda proportional to t, they slow down on their
+    way to the target. Below the target, t and lambda are negative, and the loss raises the gates above t, closed ones
+    included. The factor, `strength`, finds its own scale: it grows while the running average of the error in cost is
+    outside the tolerance, and shrinks each time that average changes sign after it has been outside. The state is
+    saved with the model.
 
     Args:
         target: fraction to settle at.

@@ -1,7 +1,8 @@
 """The gate heads: from latent mixture weights to `W e`, whose ReLU is the gates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +10,22 @@ from torch import Tensor, nn
 
 from ..tracing import is_symbolic
 
+_instances: 'WeakSet[GateHeads]' = WeakSet()
+
+
+def is_gate_matrix() -> Callable[[Tensor], bool]:
+    """A test whether a parameter is the matrix of some gate heads, whatever optimizer or wrapper holds it."""
+    matrices = {id(heads.weight) for heads in _instances}
+    return lambda parameter: id(parameter) in matrices
+
 
 class GateHeads(nn.Module):
     """One linear gate head per gated layer, kept as rows of a single matrix so that all gates cost one product.
 
     `weight` has shape (N, K): the rows of gated layer l follow those of layer l - 1. Rows start at random around one,
-    with a mean of exactly one; as the embedding starts at the even mixture, 1/K for every image, all gates then are one
-    and the network is its dense base. The spread lets the experts part ways as soon as the mixtures of images do:
-    from equal rows, the L1 norm drives all gates shut at once, and no gradient reaches the embedding.
+    with a mean of exactly one. The embedding starts at the even mixture, 1/K for every image, so that all gates are one
+    and the network is its dense base. The rows differ so that the gates of experts differ as soon as the mixtures of
+    images do: from equal rows, the L1 norm closes all gates at once, and no gradient reaches the embedding.
 
     Args:
         widths: experts of each gated layer, in the order in which the network runs them.
@@ -31,9 +40,14 @@ class GateHeads(nn.Module):
         spread = torch.cat([spread, -spread, spread.new_zeros(len(spread), num_latent_experts % 2)], dim=1)
         spread = spread.gather(1, torch.rand_like(spread).argsort(dim=1))
         self.weight = nn.Parameter((1 + spread).to(dtype or torch.get_default_dtype()))
+        _instances.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _instances.add(self)
 
     def forward(self, mixture: Tensor) -> Tensor:
-        """Map mixture weights (B, K) to `W e`, shape (B, N), at least in float32 whatever autocast says."""
+        """Map mixture weights (B, K) to `W e`, shape (B, N), at least in float32, under autocast too."""
         weight = self.weight.to(mixture.dtype)
         if is_symbolic(mixture) or not torch.amp.is_autocast_available(mixture.device.type):
             return F.linear(mixture, weight)

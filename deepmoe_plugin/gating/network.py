@@ -130,7 +130,7 @@ class GatingNetwork(nn.Module):
         return GatingRecord(preact, logits)
 
     def freeze(self) -> None:
-        """Stop training every gating parameter and statistic, whatever `train()` is told later."""
+        """Stop training every gating parameter and statistic; `train()` does not undo it."""
         self.frozen = True
         self.requires_grad_(False)
         freeze_norms(self)

@@ -4,6 +4,7 @@ Like timm's entry points, the registered types are functions: `gated=False` make
 """
 
 import dataclasses
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..gating import GatingConfig
 from ..models import deepmoe_resnet, deepmoe_vgg
-from ..network import DeepMoE
 from .pretrained import StrictPretrained
 
 Config = dict[str, Any]
@@ -40,7 +40,7 @@ _LAYOUTS = {
 
 
 class Backbone(nn.Module):
-    """What mmseg asks of a backbone, for the networks of this package; stands before the network in the bases.
+    """What mmseg asks of a backbone, for the networks of this package; comes before the network in the bases.
 
     The network ends at the last output: later stages, and their gates, are not there.
 
@@ -53,6 +53,7 @@ class Backbone(nn.Module):
             Their gates go on training.
         norm_cfg: mmcv's config of the norm layers, those of the embedding included.
         norm_eval: the base network's norm layers keep their statistics; the embedding's have none yet to keep.
+        with_cp: activation checkpointing of each block.
         num_classes: classes of the embedding classifier (`L_e`).
         pretrained, init_cfg: see `DeepMoEResNet`.
         **kwargs: the network's.
@@ -62,14 +63,15 @@ class Backbone(nn.Module):
         self,
         *args: Any,
         title: str,
-        in_channels: int,
-        out_indices: Sequence[int],
-        frozen_stages: int,
-        norm_cfg: Config,
-        norm_eval: bool,
-        num_classes: int,
-        pretrained: str | None,
-        init_cfg: Config | list[Config] | None,
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_cfg: Config = dict(type='BN', requires_grad=True),  # noqa: B006 (never changed)
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        num_classes: int = 0,
+        pretrained: str | None = None,
+        init_cfg: Config | list[Config] | None = None,
         **kwargs: Any,
     ) -> None:
         out_indices = tuple(out_indices)
@@ -84,9 +86,11 @@ class Backbone(nn.Module):
         self.norm_eval = norm_eval
         self.first_tap = len(self.feature_info) - STAGES
         self.taps = [self.first_tap + index for index in out_indices]
+        whole = set(self.state_dict())
         self.prune_intermediate_layers(self.taps)
-        if isinstance(self, DeepMoE):
-            self.gating.reset_classifier(num_classes)
+        self.left_out = whole - set(self.state_dict())
+        if with_cp:
+            self.set_grad_checkpointing()
         for part in self._frozen_parts():
             part.requires_grad_(False)
         self.init_cfg = _init_cfg(pretrained, init_cfg)
@@ -128,78 +132,43 @@ class Backbone(nn.Module):
 
     def leaves_out(self, key: str) -> bool:
         """Whether a tensor of the whole network belongs to a stage after the last output."""
-        raise NotImplementedError
+        return key in self.left_out
 
     def _frozen_parts(self) -> list[nn.Module]:
-        raise NotImplementedError
-
-
-class ResNetBackbone(Backbone):
-    """The ResNets' share of `Backbone`."""
-
-    def __init__(self, *args: Any, with_cp: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.set_grad_checkpointing(with_cp)
-
-    def leaves_out(self, key: str) -> bool:
-        return key.startswith(tuple(f'layer{i}.' for i in range(self.out_indices[-1] + 2, STAGES + 1)))
-
-    def _frozen_parts(self) -> list[nn.Module]:
+        """The modules of the base network, in the order in which they run, to the end of the last frozen stage."""
         if self.frozen_stages < 0:
             return []
-        stages = [f'layer{i}' for i in range(1, self.frozen_stages + 1)]
-        return [self.get_submodule(name) for name in ('conv1', 'bn1', *stages)]
-
-
-class VGGBackbone(Backbone):
-    """The VGGs' share of `Backbone`."""
-
-    def leaves_out(self, key: str) -> bool:
-        return key.startswith('features.') and int(key.split('.')[1]) >= len(self.features)
-
-    def _frozen_parts(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
-        last = self.feature_ends[self.first_tap + self.frozen_stages - 1]
-        return list(self.features[: last + 1])
+        last = self.feature_info[self.first_tap + self.frozen_stages - 1]['module']
+        parts = [(name, m) for name, m in self.named_modules() if not name.startswith('gating') and not [*m.children()]]
+        ends = [i for i, (name, _) in enumerate(parts) if name == last or name.startswith(f'{last}.')]
+        return [module for _, module in parts[: ends[-1] + 1 if ends else None]]
 
 
 # The network's constructor calls the next one without arguments, and that is mmengine's.
-class GatedResNet(ResNetBackbone, deepmoe_resnet.DeepMoEResNet, BaseModule):
+class GatedResNet(Backbone, deepmoe_resnet.DeepMoEResNet, BaseModule):
     """Gated ResNet as a backbone."""
 
 
-class DenseResNet(ResNetBackbone, deepmoe_resnet.WideResNet, BaseModule):
+class DenseResNet(Backbone, deepmoe_resnet.WideResNet, BaseModule):
     """Dense twin of a gated ResNet as a backbone."""
 
 
-class GatedVGG(VGGBackbone, deepmoe_vgg.DeepMoEVGG, BaseModule):
+class GatedVGG(Backbone, deepmoe_vgg.DeepMoEVGG, BaseModule):
     """Gated VGG as a backbone."""
 
 
-class DenseVGG(VGGBackbone, deepmoe_vgg.WideVGG, BaseModule):
+class DenseVGG(Backbone, deepmoe_vgg.WideVGG, BaseModule):
     """Dense twin of a gated VGG as a backbone."""
 
 
 @MODELS.register_module()
 def DeepMoEResNet(
     depth: int,
-    in_channels: int = 3,
-    out_indices: Sequence[int] = (0, 1, 2, 3),
+    *,
     strides: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     output_stride: int | None = None,
-    frozen_stages: int = -1,
-    norm_cfg: Config = dict(type='BN', requires_grad=True),  # noqa: B006 (never changed)
-    norm_eval: bool = False,
-    with_cp: bool = False,
-    widen: float | Sequence[float] = 1,
-    bottleneck: str = 'A',
-    gated: bool = True,
-    num_classes: int = 0,
-    pretrained: str | None = None,
-    init_cfg: Config | list[Config] | None = None,
-    **gating: Any,
+    **kwargs: Any,
 ) -> Backbone:
     """Gated ResNet (Fig. 2); its features have strides 4, 8, 16 and 32, or less from `output_stride` on.
 
@@ -228,29 +197,11 @@ def DeepMoEResNet(
         TypeError: unknown argument.
         ValueError: an argument is out of range or contradicts another; the message names it.
     """
-    title = f'DeepMoEResNet(depth={depth}, widen={widen})'
     if depth not in _RESNETS:
         raise ValueError(f'depth must be one of {", ".join(map(str, _RESNETS))}, got {depth!r}.')
-    _check_gating('DeepMoEResNet', gated, gating)
-    block, layers = _RESNETS[depth]
-    return (GatedResNet if gated else DenseResNet)(
-        block,
-        layers,
-        title=title,
-        in_channels=in_channels,
-        out_indices=out_indices,
-        output_stride=_output_stride(strides, dilations, output_stride),
-        frozen_stages=frozen_stages,
-        norm_cfg=norm_cfg,
-        norm_eval=norm_eval,
-        with_cp=with_cp,
-        widen=widen,
-        bottleneck=bottleneck,
-        num_classes=num_classes,
-        pretrained=pretrained,
-        init_cfg=init_cfg,
-        **(gating if gated else {}),
-    )
+    own = ('widen', 'bottleneck')
+    fixed = dict(output_stride=_output_stride(strides, dilations, output_stride))
+    return _build('DeepMoEResNet', GatedResNet, DenseResNet, depth, _RESNETS[depth], own, fixed, **kwargs)
 
 
 @MODELS.register_module()
@@ -270,20 +221,7 @@ def DeepMoEDRN(depth: int = 50, **kwargs: Any) -> Backbone:
 
 
 @MODELS.register_module()
-def DeepMoEVGG(
-    depth: int,
-    in_channels: int = 3,
-    out_indices: Sequence[int] = (0, 1, 2, 3),
-    frozen_stages: int = -1,
-    norm_cfg: Config = dict(type='BN', requires_grad=True),  # noqa: B006 (never changed)
-    norm_eval: bool = False,
-    widen: float | Sequence[float] = 1,
-    gated: bool = True,
-    num_classes: int = 0,
-    pretrained: str | None = None,
-    init_cfg: Config | list[Config] | None = None,
-    **gating: Any,
-) -> Backbone:
+def DeepMoEVGG(depth: int, **kwargs: Any) -> Backbone:
     """Gated VGG with norm layers; its features have strides 4, 8, 16 and 32, as a ResNet's, so that heads fit both.
 
     These are the last activations before the third, fourth and fifth pooling, and the fifth pooling's output; `widen`
@@ -302,32 +240,44 @@ def DeepMoEVGG(
     """
     if depth not in _VGGS:
         raise ValueError(f'depth must be one of {", ".join(map(str, _VGGS))}, got {depth!r}.')
-    _check_gating('DeepMoEVGG', gated, gating)
-    return (GatedVGG if gated else DenseVGG)(
-        vgg_layouts[f'vgg{depth}'],
-        title=f'DeepMoEVGG(depth={depth}, widen={widen})',
-        in_channels=in_channels,
-        out_indices=out_indices,
-        frozen_stages=frozen_stages,
-        norm_cfg=norm_cfg,
-        norm_eval=norm_eval,
-        widen=widen,
-        num_classes=num_classes,
-        pretrained=pretrained,
-        init_cfg=init_cfg,
-        mlp_ratio=1 / 4096,  # the classifier is built only to be taken off
-        **(gating if gated else {}),
-    )
+    if 'with_cp' in kwargs:
+        raise TypeError('DeepMoEVGG has no argument with_cp: it has no blocks to checkpoint.')
+    args = (vgg_layouts[f'vgg{depth}'],)
+    # The classifier is built only to be taken off.
+    return _build('DeepMoEVGG', GatedVGG, DenseVGG, depth, args, ('widen',), dict(mlp_ratio=1 / 4096), **kwargs)
 
 
-def _check_gating(name: str, gated: bool, gating: Config) -> None:
-    fields = dataclasses.fields(GatingConfig)
-    unknown = sorted(set(gating) - {field.name for field in fields})
+def _build(
+    name: str,
+    gated_cls: type[Backbone],
+    dense_cls: type[Backbone],
+    depth: int,
+    args: tuple[Any, ...],
+    own: tuple[str, ...],
+    fixed: Config,
+    gated: bool = True,
+    **kwargs: Any,
+) -> Backbone:
+    """Make a backbone or its dense twin.
+
+    Args:
+        name: of the registered type.
+        args: of the network.
+        own: names of the network's arguments that the registered type takes.
+        fixed: arguments of the network that it does not take.
+        **kwargs: arguments of `Backbone` and of `GatingConfig`, and those in `own`.
+    """
+    fields = {field.name: field.default for field in dataclasses.fields(GatingConfig)}
+    known = {*inspect.signature(Backbone.__init__).parameters, *fields, *own} - {'title', 'self', 'args', 'kwargs'}
+    unknown = sorted(set(kwargs) - known)
     if unknown:
         raise TypeError(f'{name} has no argument {", ".join(unknown)}.')
-    idle = [field.name for field in fields if gating.get(field.name, field.default) != field.default]
+    idle = [field for field, default in fields.items() if kwargs.get(field, default) != default]
     if not gated and idle:
         raise ValueError(f'{", ".join(idle)} has no effect with gated=False: leave it out.')
+    kept = kwargs if gated else {key: value for key, value in kwargs.items() if key not in fields}
+    title = f'{name}(depth={depth}, widen={kwargs.get("widen", 1)})'
+    return (gated_cls if gated else dense_cls)(*args, title=title, **fixed, **kept)
 
 
 def _output_stride(strides: Sequence[int] | None, dilations: Sequence[int] | None, output_stride: int | None) -> int:
@@ -369,7 +319,7 @@ def _init_cfg(pretrained: str | None, init_cfg: Config | list[Config] | None) ->
         warnings.warn(
             "pretrained is deprecated: use init_cfg=dict(type='Pretrained', checkpoint=...).",
             DeprecationWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         init_cfg = dict(type='Pretrained', checkpoint=pretrained)
     if init_cfg is None:

@@ -10,7 +10,7 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from ..activation import GatedActivation, given
+from ..activation import given
 from ..checkpoints import build_with_checks
 from ..experts import block_experts, resnet_experts, widen_experts
 from ..gating import GatingConfig
@@ -236,8 +236,6 @@ class DeepMoEResNet(DeepMoE, WideResNet):
         if gated_block is GatedBottleneck:
             kwargs['block_args'] = {**(kwargs.get('block_args') or {}), 'bottleneck': bottleneck}
         super().__init__(gated_block, layers, **kwargs)
-        for layer in self.expert_layers:
-            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act)))
         for i in range(1, 5):
             setattr(self, f'layer{i}', GatedStage(*getattr(self, f'layer{i}')))
         first_gate = 0
@@ -245,16 +243,7 @@ class DeepMoEResNet(DeepMoE, WideResNet):
             if isinstance(module, GatedBasicBlock | GatedBottleneck):
                 module.first_gate = first_gate
                 first_gate += len(block_experts(type(module), bottleneck))
-        self.add_gating(
-            config,
-            self.expert_layers,
-            self.in_chans,
-            self.num_classes,
-            min_size=2 ** len(config.embedding_channels),
-            norm_layer=get_norm_layer(kwargs.get('norm_layer', nn.BatchNorm2d)),
-            device=kwargs.get('device'),
-            dtype=kwargs.get('dtype'),
-        )
+        self.add_gating(config, 2 ** len(config.embedding_channels), kwargs)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to the unpooled features of the last stage."""

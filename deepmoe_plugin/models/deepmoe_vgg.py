@@ -94,19 +94,8 @@ class DeepMoEVGG(DeepMoE, WideVGG):
             kwargs.setdefault('embedding_channels', SMALL_IMAGE_EMBEDDING)
         config = GatingConfig.pop_from(kwargs)
         super().__init__(layout, **kwargs)
-        for layer in self.expert_layers:
-            self.set_submodule(layer.act, GatedActivation(self.get_submodule(layer.act)))
         self.features = GatedFeatures(*self.features)
-        self.add_gating(
-            config,
-            self.expert_layers,
-            self.in_chans,
-            self.num_classes,
-            min_size=self.feature_info[-1]['reduction'],
-            norm_layer=kwargs.get('norm_layer') or nn.BatchNorm2d,
-            device=kwargs.get('device'),
-            dtype=kwargs.get('dtype'),
-        )
+        self.add_gating(config, self.feature_info[-1]['reduction'], kwargs)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to the unpooled features (B, C, H/32, W/32)."""
