@@ -75,6 +75,12 @@ class GatedActivation(nn.Module):
         gate = given(gate)
         if is_traced(x):
             return self.act(x) * spread(gate.to(x.dtype), self.channels_last)
+        width = x.shape[-1 if self.channels_last else 1]
+        if gate.shape[1] != width:
+            raise ValueError(
+                f'A gated activation got {width} channels and {gate.shape[1]} gates: something else has changed '
+                'the width of a gated layer. deepmoe_plugin.prune removes experts with their gates.'
+            )
         if is_plain(self.act, nn.ReLU):
             return _Gate.apply(x, gate, True, self.channels_last)
         return _Gate.apply(self.act(x), gate, False, self.channels_last)

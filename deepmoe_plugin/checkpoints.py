@@ -18,8 +18,8 @@ _logger = logging.getLogger(__name__)
 GATING_PREFIX = 'gating.'
 # Parts of the gating network that only training needs: a checkpoint may have them or not.
 _OPTIONAL = (GATING_PREFIX + 'class_scores.', GATING_PREFIX + 'budget.')
-# Names of earlier versions, which contain the `head` and `classifier` that users and hosts select parameters by.
-_RENAMED = {'heads.': 'gates.', 'classifier.': 'class_scores.'}
+# Names of earlier versions, which contain the `head`, `classifier` and `fc` that users and hosts select parameters by.
+_RENAMED = {'heads.': 'gates.', 'classifier.': 'class_scores.', 'embedding.fc.': 'embedding.mixture.'}
 _NAMED = 5  # tensors that an error message names
 
 

@@ -3,12 +3,14 @@
 from typing import Any
 
 from timm.layers import get_norm_layer
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import nn
 
 from .activation import GatedActivation
 from .checkpoints import adapt_checkpoint
 from .experts import GatedNetwork, deepmoe_networks, expert_widths, find_deepmoe
 from .gating import GatingConfig, GatingNetwork, GatingRecord
+from .gating.watch import GateWatch
 from .losses import check_target, gating_loss
 from .macs import MacsTable
 from .terms import Criterion, Passes, Terms, TermSource
@@ -59,6 +61,7 @@ class DeepMoE(GatedNetwork, TermSource):
             if name == first:
                 self.gating = gating
         self._table: MacsTable | None = None
+        self.watch = GateWatch()
         self.register_load_state_dict_pre_hook(adapt_checkpoint)
 
     def keep_first_experts(self, num_layers: int) -> None:
@@ -74,6 +77,17 @@ class DeepMoE(GatedNetwork, TermSource):
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must leave alone: it would close gates that the loss wants kept."""
         return {'gating.gates.weight'}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters for layer decay: the gating network trains at the rate of the last group.
+
+        That is the classifier's. Without one, the gating network joins the last part of the base network, so that no
+        group is added, which would lower the rates of all others.
+        """
+        matcher = super().group_matcher(coarse)  # type: ignore[misc] # of the base network
+        if any(name.startswith(('fc.', 'head.', 'pre_logits.')) for name, _ in self.named_parameters()):
+            return matcher
+        return {**matcher, 'gating': [(r'^gating\.', MATCH_PREV_GROUP)]}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
         """Replace the classifier, and the embedding's where the model has `L_e`."""
@@ -118,7 +132,14 @@ class DeepMoE(GatedNetwork, TermSource):
 
     def terms(self, record: GatingRecord, target: Any, criterion: Criterion | None) -> Terms:
         """The terms `lambda * L_g` and `mu * L_e` of one pass, and the fraction of experts kept."""
-        return gating_loss(self.gating, record, target, criterion, self._macs)
+        gating = self.gating
+        settings = f'it is {gating.gate_loss_weight:g}, with gate_norm={gating.gate_norm!r}'
+        self.watch.see(record.preact.detach() > 0, settings, recovers=gating.budget is not None and not gating.frozen)
+        return gating_loss(gating, record, target, criterion, self._macs)
+
+    def finish_training(self) -> None:
+        """Warn if the gates turned out not to look at the image."""
+        self.watch.finish()
 
     def _macs(self) -> MacsTable:
         """MACs at the nominal image size: only ratios matter, and they hardly change with it."""

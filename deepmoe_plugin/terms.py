@@ -162,6 +162,9 @@ class TermSource(nn.Module):
             ValueError: names the setting and the remedy.
         """
 
+    def finish_training(self) -> None:
+        """Look back at the end of training, and warn of what made it useless; hosts' hooks call this."""
+
     def terms(self, record: Any, target: Any, criterion: Criterion | None) -> Terms:
         """Compute the terms of one pass; those whose name contains 'loss' are weighted and belong to the loss.
 

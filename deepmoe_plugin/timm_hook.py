@@ -7,14 +7,19 @@ task, and every other model, stays exactly as it was.
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakSet
 
+import torch
+from timm.optim.muon import Muon
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .terms import gating_terms, term_sources
+from .gating.heads import is_gate_matrix
+from .terms import TermSource, gating_terms, term_sources
 
 
 class _TrainLog(logging.Filter):
@@ -28,9 +33,14 @@ class _TrainLog(logging.Filter):
         super().__init__()
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
+        self._sources: WeakSet[TermSource] = WeakSet()
         self._epoch: tuple[Any, str] = (None, '')
         self._epoch_sums: dict[str, float] = {}
         self._epoch_steps = 0
+
+    def watch(self, sources: Iterable[TermSource]) -> None:
+        """Ask these networks at the end of training whether something made it useless."""
+        self._sources.update(sources)
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -44,6 +54,10 @@ class _TrainLog(logging.Filter):
             self._log_to_wandb(record.msg.partition('[')[0], sums)
             record.msg += '  ' + '  '.join(f'{name}: {total / self._steps:#.3g}' for name, total in sums.items())
             self._sums, self._steps = {}, 0
+        if isinstance(record.msg, str) and record.msg.startswith('*** Best metric'):  # the last line
+            for source in self._sources:
+                source.finish_training()
+            self._sources.clear()
         return True
 
     def _log_to_wandb(self, epoch: str, sums: Mapping[str, float]) -> None:
@@ -64,6 +78,22 @@ _train_log = _TrainLog()
 def install() -> None:
     """Make timm tasks train DeepMoE networks with J; called once, on import of the package."""
     register_module_module_registration_hook(_on_registration)
+    register_optimizer_step_pre_hook(_keep_gates_from_muon)
+
+
+def _keep_gates_from_muon(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let timm's Muon update gate heads by AdamW, as it does what its method is not made for.
+
+    It orthogonalises what has the shape of a hidden layer's matrix. The heads have it, but are the rows of separate
+    layers, side by side only for speed.
+    """
+    if not isinstance(optimizer, Muon):
+        return
+    is_gates = is_gate_matrix()
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            if is_gates(parameter) and 'use_muon' not in group:
+                optimizer.state[parameter]['use_muon'] = False
 
 
 def _add_terms(task: TrainingTask, args: tuple[Any, ...], kwargs: dict[str, Any], result: dict[str, Any]) -> None:
@@ -83,6 +113,7 @@ def _on_registration(task: nn.Module, name: str, module: nn.Module | None) -> No
     sources = term_sources(module)
     for source in sources:
         source.check_terms()
+    _train_log.watch(sources)
     if sources and _add_terms not in task._forward_hooks.values():
         task.register_forward_hook(_add_terms, with_kwargs=True)
         logging.getLogger('train').addFilter(_train_log)

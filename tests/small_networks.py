@@ -60,7 +60,7 @@ def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
     gates = getattr(getattr(model, 'gating', None), 'gates', None)
     if isinstance(gates, nn.Module):
         gates.weight.normal_(0.3, 1, generator=generator)
-        model.gating.embedding.fc.weight.normal_(0, 1, generator=generator)
+        model.gating.embedding.mixture.weight.normal_(0, 1, generator=generator)
     return model
 
 

@@ -136,7 +136,7 @@ def test_images_that_are_not_finite(structure, value):
 
 def test_diverged_weights():
     model = small(CIFAR).eval()
-    nn.init.constant_(model.gating.embedding.fc.weight, math.nan)
+    nn.init.constant_(model.gating.embedding.mixture.weight, math.nan)
     with pytest.raises(ValueError, match=r'\[0, 1\].*diverged'):
         model(images())
 

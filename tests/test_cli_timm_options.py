@@ -3,6 +3,7 @@
 With TIMM_REPO=<a checkout of timm's repository> the table is compared with the options of its train.py.
 """
 
+import argparse
 import ast
 import json
 import os
@@ -18,7 +19,7 @@ from PIL import Image
 from small_networks import randomise
 from torch import nn
 
-from deepmoe_plugin.cli import analyze, evaluate, flops, images
+from deepmoe_plugin.cli import analyze, benchmark, evaluate, flops, images, networks
 from deepmoe_plugin.cli.timm_options import HONOURED, IRRELEVANT, REFUSED, check_options
 
 MODEL = {'model': 'wide_deepmoe_resnet20_cifar', 'model_kwargs': {'layers': [1, 1, 1]}}
@@ -203,6 +204,25 @@ def test_weights_are_those_that_train_py_judged(folder: Path, options, flags, is
     arguments = [*run_of(folder, num_classes=2, **options), '--checkpoint', str(folder / 'last.pth.tar'), *flags]
     result = evaluate.main([*arguments, '--data-dir', str(folder / 'data')])
     assert result['top1'] == (75 if is_average else 25)
+
+
+def test_a_name_of_both_means_the_model_and_its_suffix_the_config() -> None:
+    args = argparse.Namespace(model_kwargs={})
+    assert 'epochs' not in networks.read_settings('wide_deepmoe_resnet56_cifar', args)
+    assert networks.read_settings('wide_deepmoe_resnet56_cifar.yaml', args)['epochs'] > 100
+    assert networks.read_settings('table4_w1_high', args)['model'] == 'narrow_deepmoe_vgg16_cifar'
+
+
+def test_benchmark_prepares_images_as_the_run_did(folder: Path) -> None:
+    args = argparse.Namespace(
+        size=[32, 32], images=str(folder / 'data'), batch=4, repeats=1, device='cpu', dtype='float32'
+    )
+    plain, shifted = (
+        benchmark.load_images(channels, args, {'model_kwargs': {}, 'model': MODEL['model'], **options})[0]
+        for channels, options in ((1, {'mean': [0.5], 'std': [0.5]}), (1, {'mean': [0.0], 'std': [0.5]}))
+    )
+    assert plain.shape == (4, 1, 32, 32)
+    assert (shifted.mean() - plain.mean()).item() == pytest.approx(1)
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -20,7 +20,7 @@ def gating(widths=(4, 6), **kwargs):
 def test_latent_mixture_weights_are_a_softmax():
     embedding = ShallowEmbedding(3, (4, 8), 6)
     torch.testing.assert_close(embedding(images(5)), torch.full((5, 6), 1 / 6))
-    nn.init.normal_(embedding.fc.weight)
+    nn.init.normal_(embedding.mixture.weight)
     mixture = embedding(images(5))
     assert mixture.shape == (5, 6)
     assert (mixture > 0).all()

@@ -190,11 +190,6 @@ def test_out_indices_are_checked(out_indices):
         (dict(pretrained='a', init_cfg=dict(type='Pretrained', checkpoint='b')), ['pretrained', 'init_cfg']),
         (dict(type='DeepMoEVGG', depth=12), ['depth', '11, 13, 16, 19']),
         (dict(type='DeepMoEDRN', depth=18), ['depth', '50']),
-        (dict(type='DeepMoEConvNeXt', arch='big'), ['arch', 'atto, femto']),
-        (dict(type='DeepMoEConvNeXt', arch=dict(depths=(1, 1))), ['arch', 'channels']),
-        (dict(type='DeepMoEConvNeXt', gap_before_final_norm=True), ['gap_before_final_norm']),
-        (dict(type='DeepMoEConvNeXt', norm_cfg=dict(type='BN')), ['norm_cfg', 'LN2d']),
-        (dict(type='DeepMoEConvNeXt', out_indices=4), ['out_indices']),
     ],
 )
 def test_bad_arguments_are_named(kwargs, words):
@@ -208,12 +203,28 @@ def test_bad_arguments_are_named(kwargs, words):
         (dict(gated=False, deep_stem=True), 'deep_stem'),
         (dict(type='DeepMoEVGG', depth=11, with_cp=True), 'with_cp'),
         (dict(type='DeepMoEDRN', depth=50, output_stride=16), 'output_stride'),
-        (dict(type='DeepMoEConvNeXt', norm_eval=True), 'norm_eval'),
         (dict(type='DeepMoEConvNeXt', depth=18), 'depth'),
     ],
 )
 def test_unknown_arguments_are_named(kwargs, name):
     refused(name, error=TypeError, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(arch='big'), 'arch must be one of atto, femto'),
+        (dict(arch=dict(depths=(1, 1))), "arch must .*'depths' and 'channels'"),
+        (dict(arch=dict(depths=(1, 1), channels=(1, 1))), 'depths must be 4 numbers'),
+        (dict(gap_before_final_norm=True), 'gap_before_final_norm'),
+        (dict(norm_cfg=dict(type='BN')), 'norm_cfg.*LN2d'),
+        (dict(out_indices=4), 'out_indices'),
+        (dict(norm_eval=True), 'norm_eval'),
+    ],
+)
+def test_bad_arguments_of_convnext_are_named(kwargs, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        MODELS.build(dict(type='DeepMoEConvNeXt', **kwargs))
 
 
 def test_strides_and_dilations_are_another_way_to_say_output_stride():
@@ -299,7 +310,7 @@ def test_checkpointing_changes_no_gradient(name):
             loss = sum(feature.square().mean() for feature in backbone(images(2, 64)))
         loss.backward()
         grads.append((sum(saved), {name: parameter.grad for name, parameter in backbone.named_parameters()}))
-    assert grads[1][0] < 0.7 * grads[0][0]
+    assert grads[1][0] < (0.8 if 'convnext' in name else 0.7) * grads[0][0]
     torch.testing.assert_close(grads[1][1], grads[0][1])
 
 
@@ -362,7 +373,9 @@ def test_decode_heads_build_and_step(name, head, tmp_path):
     before = copy.deepcopy(model.state_dict())
     make_runner(model, tmp_path, dict(type='DeepMoELossHook'), iters=1, interval=10).train()
     trained = [key for key, _ in model.named_parameters()]
+    read = {f'backbone.norm{i}' for i in (range(4) if head == 'UPerHead' else [3, *([0] if 'ASPP' in head else [])])}
     still = [key for key in trained if torch.equal(model.state_dict()[key], before[key])]
+    still = [key for key in still if not key.startswith('backbone.norm') or key.rpartition('.')[0] in read]
     assert not [key for key in still if key != 'decode_head.conv_seg.bias'], still
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
@@ -470,8 +483,8 @@ def test_layer_wise_learning_rates_are_those_of_mmpretrains_convnext(decay_type)
             paramwise_cfg=dict(decay_rate=0.9, decay_type=decay_type, num_layers=6),
         ),
     )
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = {names[p].removeprefix('backbone.'): g for g in wrapper.param_groups for p in g['params']}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {names[id(p)].removeprefix('backbone.'): g for g in wrapper.param_groups for p in g['params']}
     assert len(groups) == len(names) == sum(len(group['params']) for group in wrapper.param_groups)
     stage_wise = decay_type == 'stage_wise'
     depths = {
@@ -484,7 +497,7 @@ def test_layer_wise_learning_rates_are_those_of_mmpretrains_convnext(decay_type)
         assert groups[name]['lr'] == pytest.approx(0.9 ** (7 - depth)), name
     assert groups['gating.gates.weight']['lr'] == 1
     assert groups['gating.gates.weight']['weight_decay'] == groups['stages.0.blocks.0.gamma']['weight_decay'] == 0
-    assert groups['stem.0.weight']['weight_decay'] == groups['gating.embedding.fc.weight']['weight_decay'] == 0.05
+    assert groups['stem.0.weight']['weight_decay'] == groups['gating.embedding.mixture.weight']['weight_decay'] == 0.05
 
 
 def test_layer_wise_learning_rates_are_for_convnexts():

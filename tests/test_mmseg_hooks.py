@@ -186,7 +186,7 @@ def test_amp_on_a_gpu(dtype: str, tmp_path: Path) -> None:
     make_runner(model, tmp_path, watch, LOSS, iters=3, optim=amp).train()
     twin = segmentor(backbone_config(**WEIGHTS)).cuda()
     expected = gradient_of_j(twin, watch.batches[:1])
-    for name in ('backbone.gating.gates.weight', 'backbone.gating.embedding.fc.weight'):
+    for name in ('backbone.gating.gates.weight', 'backbone.gating.embedding.mixture.weight'):
         cosine = F.cosine_similarity(watch.grads[0][name].flatten(), expected[name].flatten(), dim=0)
         assert cosine > 0.95, name
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())

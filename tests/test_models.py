@@ -612,16 +612,6 @@ def test_calling_the_parts_one_by_one_names_what_works(structure):
         listed(images())
 
 
-@structures
-def test_hosts_find_the_twins_parameters_by_position_and_name(structure):
-    """timm's adaptive gradient clipping leaves out the last two; mmseg's custom_keys match parts of names."""
-    gated, dense = small(structure, embed_loss_weight=1), small(structure, gated=False)
-    last = [[name for name, _ in model.named_parameters()][-2:] for model in (gated, dense)]
-    assert last[0] == last[1]
-    keys = ('head', 'backbone', 'bn', 'classifier', 'cls', 'pos_embed', 'downsample')
-    assert not [name for name, _ in gated.gating.named_parameters() if any(key in name for key in keys)]
-
-
 @pytest.mark.parametrize('structure', ['bottleneck_a', 'cifar', 'vgg', 'convnextv2'])
 def test_compile_forward_and_training_step(structure):
     from deepmoe_plugin import DeepMoELoss

@@ -24,7 +24,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import create_dataset, create_transform, resolve_data_config
+from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,6 +33,7 @@ import deepmoe_plugin
 from ..experts import expert_widths
 from ..macs import MacsTable
 from ..sparse.fold import fold_norm
+from .images import data_config
 from .networks import NETWORK_HELP, add_network_arguments, create_network, read_settings
 from .timm_options import model_arguments
 
@@ -89,10 +90,11 @@ class RealGates:
         self.images = next(self.batches)
 
 
-def load_images(model: nn.Module, args: argparse.Namespace) -> list[Tensor]:
-    """As many batches of real images as there are repetitions, prepared as timm does for this model."""
-    config = resolve_data_config({'input_size': (model.in_chans, *args.size)}, model=model)
-    dataset = create_dataset('', root=args.images, transform=create_transform(**config))
+def load_images(in_chans: int, args: argparse.Namespace, settings: dict[str, Any]) -> list[Tensor]:
+    """As many batches of real images as there are repetitions, prepared as timm does with these settings."""
+    config = data_config({**settings, 'input_size': (in_chans, *args.size)})
+    mode = settings.get('input_img_mode') or ('RGB' if in_chans == 3 else 'L')
+    dataset = create_dataset('', root=args.images, transform=create_transform(**config), input_img_mode=mode)
     if len(dataset) < args.batch:
         raise SystemExit(f'--images {args.images} holds {len(dataset)} images, fewer than --batch {args.batch}.')
     wanted = args.batch * min(args.repeats, len(dataset) // args.batch)
@@ -168,7 +170,7 @@ def build(
     widths = expert_widths(model, model.expert_layers)
     gates: SyntheticGates | RealGates
     if kept is None:
-        gates = RealGates(model, load_images(model, args))
+        gates = RealGates(model, load_images(model.in_chans, args, settings))
     else:
         x = torch.randn(args.batch, model.in_chans, height, width, device=device, dtype=dtype)
         gates = model.gating = SyntheticGates(widths, x, kept)

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import yaml
-from timm.models import is_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,7 +31,7 @@ from ..stats import gate_statistics
 from .configs import find_config, shipped_configs
 from .evaluate import plus_minus, spread
 from .images import add_image_arguments, create_images, data_config
-from .networks import NETWORK_HELP, add_network_arguments, create_network, read_settings
+from .networks import NETWORK_HELP, add_network_arguments, create_network, is_config, read_settings
 
 BASE_GROUPS = tuple(group for group in GROUPS if group not in GATING_GROUPS)
 CITYSCAPES = (1024, 2048)
@@ -248,7 +247,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 def _resolve(network: str) -> str:
     """The path of an mmseg config that is given by its name; anything else as it is."""
-    path = None if is_model(network) else find_config(network, 'mmseg')
+    path = find_config(network, 'mmseg') if is_config(network) else None
     return str(path) if path is not None else network
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checkpoints import check_complete, check_readable
 from ..network import DeepMoE
-from .configs import find_config, shipped_configs
+from .configs import SUFFIXES, find_config, shipped_configs
 from .timm_options import ORIGIN, check_options, class_count, import_modules, model_arguments, uses_ema
 
 NETWORK_HELP = (
@@ -37,6 +37,11 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def is_config(name: str) -> bool:
+    """Whether a name means a config: by its suffix, which timm takes for a tag of weights, or as no model has it."""
+    return name.endswith(SUFFIXES) or not is_model(name)
+
+
 def read_settings(network: str, args: argparse.Namespace) -> dict[str, Any]:
     """Options of timm's train.py: those of the YAML, overridden by the command line.
 
@@ -44,7 +49,7 @@ def read_settings(network: str, args: argparse.Namespace) -> dict[str, Any]:
         ValueError: there is no such model or file, or an option of it cannot be honoured; the message names it.
     """
     settings: dict[str, Any] = {'model': network}
-    path = None if is_model(network) else find_config(network, 'timm')
+    path = find_config(network, 'timm') if is_config(network) else None
     if path is not None:
         settings = yaml.safe_load(path.read_text())
         if not isinstance(settings, dict) or 'model' not in settings:

@@ -2,6 +2,8 @@
 
 The scenes stand in for CityScapes where it is not at hand: a pinhole camera in a street with buildings, trees, cars,
 people, poles and signs, under changing light. The same seed draws the same files.
+
+The file is long since every kind of thing in a street is drawn by a method of its own, which nothing else uses.
 """
 
 import argparse

@@ -31,9 +31,9 @@ class ShallowEmbedding(nn.Module):
             layer = OrderedDict(conv=conv, norm=norm_layer(width, **dd), act=nn.ReLU(inplace=True))
             layers.append(nn.Sequential(layer))
         self.layers = nn.Sequential(*layers)
-        self.fc = nn.Linear(channels[-1], num_latent_experts, **dd)
-        nn.init.zeros_(self.fc.weight)
-        nn.init.zeros_(self.fc.bias)
+        self.mixture = nn.Linear(channels[-1], num_latent_experts, **dd)
+        nn.init.zeros_(self.mixture.weight)
+        nn.init.zeros_(self.mixture.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to latent mixture weights (B, K), positive and summing to one."""
@@ -45,6 +45,6 @@ class ShallowEmbedding(nn.Module):
 
     def mix(self, features: Tensor) -> Tensor:
         """Map features to latent mixture weights (B, K)."""
-        x = self.fc(features)
+        x = self.mixture(features)
         is_double = not is_symbolic(x) and x.dtype == torch.float64
         return x.softmax(dim=1, dtype=torch.float64 if is_double else torch.float32)

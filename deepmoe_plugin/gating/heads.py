@@ -1,13 +1,22 @@
 """The gate heads: from latent mixture weights to `W e`, whose ReLU is the gates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tracing import is_symbolic
+
+_instances: 'WeakSet[GateHeads]' = WeakSet()
+
+
+def is_gate_matrix() -> Callable[[Tensor], bool]:
+    """A test whether a parameter is the matrix of some gate heads, whatever optimizer or wrapper holds it."""
+    matrices = {id(heads.weight) for heads in _instances}
+    return lambda parameter: id(parameter) in matrices
 
 
 class GateHeads(nn.Module):
@@ -31,6 +40,11 @@ class GateHeads(nn.Module):
         spread = torch.cat([spread, -spread, spread.new_zeros(len(spread), num_latent_experts % 2)], dim=1)
         spread = spread.gather(1, torch.rand_like(spread).argsort(dim=1))
         self.weight = nn.Parameter((1 + spread).to(dtype or torch.get_default_dtype()))
+        _instances.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _instances.add(self)
 
     def forward(self, mixture: Tensor) -> Tensor:
         """Map mixture weights (B, K) to `W e`, shape (B, N), at least in float32, under autocast too."""

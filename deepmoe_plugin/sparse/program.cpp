@@ -79,6 +79,8 @@ struct Operation {
     const char* weight;   // (block, kernel position, input, BLOCK), inputs in units; zeros behind the last output
     const float* bias;
     int64_t weight_bytes;
+    const char* rows;     // the same as (output, kernel position, input), if outputs are selected and inputs are not
+    int64_t rows_bytes;
 };
 
 struct Part {             // consecutive operations that groups of images run through without meeting each other
@@ -333,12 +335,64 @@ struct Convolution {
     // ------------------------------------------------------------------------------------------- gather
 
     int64_t row_parts() const { return ceil_divide(in_units, PACKED_ROWS); }
-    int64_t pack_items() const { return gathers ? ceil_divide(output.channels, BLOCK) * taps * row_parts() : 0; }
+    int64_t pack_items() const {
+        if (!gathers) return 0;
+        return (op.rows ? ceil_divide(out_count, LANES) : ceil_divide(output.channels, BLOCK)) * taps * row_parts();
+    }
 
-    // Write the weights of kept inputs and outputs: of one block of all outputs, one kernel position, some inputs.
+    // Write the weights of kept inputs and outputs: of some outputs, one kernel position, some inputs.
     void gather(int64_t item) const {
         const int64_t part = item % row_parts(), tap = item / row_parts() % taps, block = item / row_parts() / taps;
         const int64_t first = part * PACKED_ROWS, last = std::min(first + PACKED_ROWS, in_units);
+        if (op.rows)
+            transpose(block * LANES, tap, first, last);
+        else
+            select(block, tap, first, last);
+    }
+
+    // Of a vector of kept outputs, whose rows are all that is read; they come out as columns.
+    void transpose(int64_t output_number, int64_t tap, int64_t first, int64_t last) const {
+        const uint32_t* rows[LANES];
+        for (int64_t lane = 0; lane < LANES; ++lane) {
+            const int64_t number = output_number + lane;
+            rows[lane] = (const uint32_t*)zeros;
+            if (number >= out_count) continue;
+            rows[lane] = (const uint32_t*)op.rows + (writes->index[number] * taps + tap) * in_units;
+            CHECK((const char*)(rows[lane] + in_units) <= op.rows + op.rows_bytes);
+        }
+        const int64_t place = (output_number / BLOCK * taps + tap) * in_units * BLOCK + output_number % BLOCK;
+        uint32_t* target = (uint32_t*)pack + place;
+        CHECK((place + (last - 1) * BLOCK + LANES) * 4 <= program.pack_bytes);
+        int64_t k = first;
+        for (; k + LANES <= last; k += LANES) {
+            Units units[LANES], mixed[LANES];
+#pragma GCC unroll 16
+            for (int lane = 0; lane < LANES; ++lane) {
+                units[lane] = *(const Units*)(rows[lane] + k);
+                __builtin_prefetch(rows[lane] + k + AHEAD * LANES, 0, 2);
+            }
+            // Four times, vectors that are half of all apart are zipped: rows then have become columns.
+#pragma GCC unroll 4
+            for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
+                for (int i = 0; i < LANES / 2; ++i) {
+                    const Units a = units[i], b = units[i + LANES / 2];
+                    mixed[2 * i] = __builtin_shuffle(a, b, Units{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+                    mixed[2 * i + 1] =
+                        __builtin_shuffle(a, b, Units{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+                }
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; ++i) units[i] = mixed[i];
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) *(Units*)(target + (k + i) * BLOCK) = units[i];
+        }
+        for (; k < last; ++k)
+            for (int lane = 0; lane < LANES; ++lane) target[k * BLOCK + lane] = rows[lane][k];
+    }
+
+    // Of one block of all outputs: rows of closed inputs are not read, closed outputs are squeezed out of the others.
+    void select(int64_t block, int64_t tap, int64_t first, int64_t last) const {
         const char* source = op.weight + (block * taps + tap) * weight_rows * BLOCK * 4;
         Move whole[BLOCK / LANES];
         const Move* begin = whole;

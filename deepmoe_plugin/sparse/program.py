@@ -27,8 +27,8 @@ from .parts import Part, cut, reads_of
 from .plan import LIMIT, partition
 from .trace import Call, Convolve, Operation, Pool, Scale, Trace
 
-BLOCK, LANES = 64, 16
-"""Outputs whose weights lie together, and those of a vector, as in program.cpp."""
+BLOCK = 64
+"""Outputs whose weights lie together, as in program.cpp."""
 SLACK = 64
 """Bytes behind every value, which a product may read but does not use."""
 SPAN = 16
@@ -46,17 +46,8 @@ OPERATIONS = np.dtype(
         (name, np.int64)
         for name in (
             *('kind', 'input', 'output', 'residual', 'kernel_height', 'kernel_width', 'pad_height', 'pad_width'),
-            *(
-                'stride_height',
-                'stride_width',
-                'dilation_height',
-                'dilation_width',
-                'span',
-                'activation',
-                'weight',
-                'bias',
-            ),
-            'weight_bytes',
+            *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'span', 'activation'),
+            *('weight', 'bias', 'weight_bytes', 'rows', 'rows_bytes'),
         )
     ]
 )
@@ -102,10 +93,12 @@ class PackedWeight:
         blocks: (output / BLOCK, kernel position, input, BLOCK), zeros behind the last output; in bfloat16, two
             neighbouring inputs lie side by side for each output.
         bias: (outputs,), float32.
+        rows: the same as (output, kernel position, input), of convolutions whose outputs are selected and whose inputs
+            are not: of closed outputs nothing is read then.
         span: kernel positions that are read as one, whose inputs then follow each other.
     """
 
-    def __init__(self, operation: Convolve, of_images: bool) -> None:
+    def __init__(self, operation: Convolve, of_images: bool = False, selects_outputs: bool = False) -> None:
         weight, bias = operation.folded()
         outputs, inputs, height, width = weight.shape
         pair = 4 // weight.element_size()
@@ -129,6 +122,11 @@ class PackedWeight:
             part = part.view(len(part), padded // pair, pair, taps).permute(3, 1, 0, 2)
             target[block, :, :, : part.shape[2]] = part
         self.bias = bias.float().contiguous()
+        self.rows = None
+        if selects_outputs:
+            self.rows = buffer(outputs * taps * padded, weight.dtype)
+            ordered = weight.flatten(2).transpose(1, 2)
+            self.rows.view(outputs, taps, padded).copy_(torch.nn.functional.pad(ordered, (0, padded - inputs)))
 
 
 def _round_up(number: int, step: int) -> int:
@@ -169,7 +167,15 @@ class Program:
         self.set_limits([LIMIT] * len(self.widths))
         self.library = build.library()
         convolutions = [op for op in trace.operations if isinstance(op, Convolve)]
-        self.weights = {op.output: PackedWeight(op, op.inputs == [trace.image]) for op in convolutions}
+        layers = {op.output: op.layer for op in trace.operations}
+        self.weights = {
+            op.output: PackedWeight(
+                op,
+                of_images=op.inputs == [trace.image],
+                selects_outputs=op.layer is not None and layers.get(op.inputs[0]) is None,
+            )
+            for op in convolutions
+        }
         self._schedules: OrderedDict[tuple[object, ...], Schedule] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -300,6 +306,8 @@ class Schedule:
             row.update(kind=CONVOLVE, **_geometry(*self._geometry(op)))
             row.update(span=weight.span, activation=ACTIVATIONS.index(op.activation), weight_bytes=weight.blocks.nbytes)
             row.update(weight=weight.blocks.data_ptr(), bias=weight.bias.data_ptr())
+            if weight.rows is not None:
+                row.update(rows=weight.rows.data_ptr(), rows_bytes=weight.rows.nbytes)
             if weight.span > 1:
                 row['kernel_width'] = 1
             if op.residual:

@@ -118,7 +118,8 @@ class Call(Operation):
             if node.name in trace.gates:
                 return gates[trace.gates[node.name]]
             name = trace.names[node]
-            return values[name] if name in values else values[f'{name}_widened']
+            wide = f'{name}_widened'
+            return values[wide if wide in self.inputs else name]
 
         args, kwargs = fx.map_arg(self.arguments, value)
         return self.function(*args, **kwargs)

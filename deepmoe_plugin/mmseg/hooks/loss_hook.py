@@ -69,8 +69,13 @@ class DeepMoELossHook(Hook):
         self._check_classes(network, getattr(head, 'num_classes', None))
         self._warn_of_decay(network, runner)
         network.check_terms()
+        network.watch.warn = runner.logger.warning
         hook = _AddTerms(getattr(head, 'ignore_index', 255))
         model.register_forward_hook(hook, with_kwargs=True)
+
+    def after_train(self, runner: Any) -> None:
+        """Warn if the gates turned out not to look at the image."""
+        network_of(runner, self).finish_training()
 
     @staticmethod
     def _check_classes(network: DeepMoE, num_classes: int | None) -> None:
