@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -30,7 +31,13 @@ TYPES = {
     'resnet50b': dict(type='DeepMoEResNet', depth=50, widen=0.25, bottleneck='B'),
     'drn': dict(type='DeepMoEDRN', depth=50, widen=0.25),
     'vgg11': dict(type='DeepMoEVGG', depth=11, widen=0.25),
+    'convnext': dict(type='DeepMoEConvNeXt', arch=dict(depths=(1, 1, 2, 1), channels=(16, 24, 32, 48))),
+    'convnextv2': dict(
+        type='DeepMoEConvNeXt', arch='atto', widen=0.25, use_grn=True, layer_scale_init_value=0, linear_pw_conv=False
+    ),
 }
+WIDTHS = {'vgg11': 128, 'convnext': 48, 'convnextv2': 320}
+FIRST = {'vgg11': 'features.0.weight', 'convnext': 'stem.0.weight', 'convnextv2': 'stem.0.weight'}
 types = pytest.mark.parametrize('name', TYPES)
 DENSE = dict(type='DeepMoEResNet', depth=18, gated=False)
 
@@ -61,6 +68,9 @@ def base_keys(model):
         ('drn_a_50', dict(type='DeepMoEDRN')),
         ('vgg11_bn', dict(type='DeepMoEVGG', depth=11)),
         ('vgg19_bn', dict(type='DeepMoEVGG', depth=19)),
+        ('convnext_tiny', dict(type='DeepMoEConvNeXt')),
+        ('convnext_atto', dict(type='DeepMoEConvNeXt', arch='atto', linear_pw_conv=False)),
+        ('convnextv2_tiny', dict(type='DeepMoEConvNeXt', use_grn=True, layer_scale_init_value=0)),
     ],
 )
 def test_state_dict_is_that_of_timms_network(twin, config):
@@ -69,18 +79,19 @@ def test_state_dict_is_that_of_timms_network(twin, config):
         gated = MODELS.build(config)
         dense = MODELS.build({**config, 'gated': False})
     shapes = {key: value.shape for key, value in expected.items() if not key.startswith(('fc.', 'head.', 'pre_logits'))}
-    assert {key: value.shape for key, value in dense.state_dict().items()} == shapes
-    assert {key: value.shape for key, value in gated.state_dict().items() if not key.startswith('gating.')} == shapes
+    for backbone in (dense, gated):
+        new = ('gating.', *backbone.output_norms)
+        assert {key: value.shape for key, value in backbone.state_dict().items() if not key.startswith(new)} == shapes
 
 
 @types
 def test_a_segmentor_holds_exactly_one_network_and_mmseg_keys(name):
     backbone = TYPES[name]
-    channels = 2048 if '50' in name or name == 'drn' else 128 if name == 'vgg11' else 512
+    channels = 2048 if '50' in name or name == 'drn' else WIDTHS.get(name, 512)
     head = dict(type='FCNHead', in_channels=channels, in_index=3, channels=8, num_convs=1, concat_input=False)
     model = segmentor(backbone, head=head)
     assert find_deepmoe(model) is model.backbone
-    first = 'features.0.weight' if name == 'vgg11' else 'conv1.weight'
+    first = FIRST.get(name, 'conv1.weight')
     assert f'backbone.{first}' in model.state_dict()
     assert 'backbone.gating.gates.weight' in model.state_dict()
 
@@ -111,16 +122,22 @@ def test_features_of_a_vgg_have_a_resnets_strides():
     assert shapes == [(1, 256, 16, 24), (1, 512, 8, 12), (1, 512, 4, 6), (1, 512, 2, 3)]
 
 
-@pytest.mark.parametrize(('name', 'twin'), [('resnet18', 'resnet18'), ('vgg11', 'vgg11_bn'), ('drn', 'drn_a_50')])
+@pytest.mark.parametrize(
+    ('name', 'twin'), [('resnet18', 'resnet18'), ('vgg11', 'vgg11_bn'), ('drn', 'drn_a_50'), ('convnext', '')]
+)
 def test_features_are_timms(name, twin):
-    model = randomise(timm.create_model(twin)).eval()
+    small = dict(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48))  # as TYPES has it
+    model = randomise(timm.create_model(twin or 'convnext_tiny', **({} if twin else small))).eval()
     x = images(2, 64)
     expected = model.forward_intermediates(x, indices=4, intermediates_only=True)
     for gated in (True, False):
         backbone = build(name, widen=1, gated=gated).eval()
         weights = {k: v for k, v in model.state_dict().items() if k in backbone.state_dict()}
-        backbone.load_state_dict(weights)
-        torch.testing.assert_close(list(backbone(x)), expected, rtol=1e-4, atol=1e-4)
+        own = {key: value for key, value in backbone.state_dict().items() if key.startswith('norm')}
+        backbone.load_state_dict({**own, **weights})
+        norms = [backbone.get_submodule(norm) for norm in backbone.output_norms] or [nn.Identity()] * 4
+        normed = [norm(feature) for norm, feature in zip(norms, expected, strict=True)]
+        torch.testing.assert_close(list(backbone(x)), normed, rtol=1e-4, atol=1e-4)
 
 
 @types
@@ -136,7 +153,7 @@ def test_each_image_has_its_own_gates(name):
             torch.testing.assert_close(feature[0], whole[i], rtol=1e-4, atol=1e-4 * whole.abs().max().item())
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'vgg11'])
+@pytest.mark.parametrize('name', ['resnet18', 'vgg11', 'convnext'])
 @pytest.mark.parametrize('gated', [True, False])
 def test_the_network_ends_at_its_last_output(name, gated):
     whole = randomise(build(name, gated=gated)).eval()
@@ -186,10 +203,28 @@ def test_bad_arguments_are_named(kwargs, words):
         (dict(gated=False, deep_stem=True), 'deep_stem'),
         (dict(type='DeepMoEVGG', depth=11, with_cp=True), 'with_cp'),
         (dict(type='DeepMoEDRN', depth=50, output_stride=16), 'output_stride'),
+        (dict(type='DeepMoEConvNeXt', depth=18), 'depth'),
     ],
 )
 def test_unknown_arguments_are_named(kwargs, name):
     refused(name, error=TypeError, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(arch='big'), 'arch must be one of atto, femto'),
+        (dict(arch=dict(depths=(1, 1))), "arch must .*'depths' and 'channels'"),
+        (dict(arch=dict(depths=(1, 1), channels=(1, 1))), 'depths must be 4 numbers'),
+        (dict(gap_before_final_norm=True), 'gap_before_final_norm'),
+        (dict(norm_cfg=dict(type='BN')), 'norm_cfg.*LN2d'),
+        (dict(out_indices=4), 'out_indices'),
+        (dict(norm_eval=True), 'norm_eval'),
+    ],
+)
+def test_bad_arguments_of_convnext_are_named(kwargs, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        MODELS.build(dict(type='DeepMoEConvNeXt', **kwargs))
 
 
 def test_strides_and_dilations_are_another_way_to_say_output_stride():
@@ -206,12 +241,12 @@ def test_images_with_other_channels_are_refused(channels, gated):
         build(gated=gated)(images(1, 64, channels=channels))
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'vgg11'])
+@pytest.mark.parametrize('name', ['resnet18', 'vgg11', 'convnext'])
 def test_in_channels(name):
     assert len(build(name, in_channels=1).eval()(images(1, 64, channels=1))) == 4
 
 
-@types
+@pytest.mark.parametrize('name', [name for name in TYPES if 'convnext' not in name])
 def test_norm_cfg_reaches_every_norm(name):
     norm_cfg = dict(type='SyncBN', eps=1e-3, requires_grad=False)
     norms = [module for module in build(name, norm_cfg=norm_cfg).modules() if isinstance(module, _BatchNorm)]
@@ -233,6 +268,7 @@ def moved(backbone):
 FROZEN = {
     'resnet18': {-1: (), 0: ('conv1.', 'bn1.'), 2: ('conv1.', 'bn1.', 'layer1.', 'layer2.')},
     'vgg11': {-1: (), 0: ('features.0', 'features.1.', 'features.4', 'features.5')},
+    'convnext': {0: (), 1: ('stem.', 'stages.0.'), 2: ('stem.', 'stages.0.', 'stages.1.')},
 }
 
 
@@ -264,7 +300,7 @@ def test_freeze_gating_and_train_mode():
     assert moved(backbone) == base_keys(backbone)
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'convnext', 'convnextv2'])
 def test_checkpointing_changes_no_gradient(name):
     grads = []
     for with_cp in (False, True):
@@ -274,7 +310,7 @@ def test_checkpointing_changes_no_gradient(name):
             loss = sum(feature.square().mean() for feature in backbone(images(2, 64)))
         loss.backward()
         grads.append((sum(saved), {name: parameter.grad for name, parameter in backbone.named_parameters()}))
-    assert grads[1][0] < 0.7 * grads[0][0]
+    assert grads[1][0] < (0.8 if 'convnext' in name else 0.7) * grads[0][0]
     torch.testing.assert_close(grads[1][1], grads[0][1])
 
 
@@ -326,9 +362,10 @@ HEADS = {
 
 
 @pytest.mark.parametrize('head', HEADS)
-@pytest.mark.parametrize('name', ['resnet18', 'drn', 'vgg11'])
+@pytest.mark.parametrize('name', ['resnet18', 'drn', 'vgg11', 'convnext'])
 def test_decode_heads_build_and_step(name, head, tmp_path):
-    widths = {'resnet18': (64, 128, 256, 512), 'drn': (256, 512, 1024, 2048), 'vgg11': (64, 128, 128, 128)}[name]
+    widths = {'resnet18': (64, 128, 256, 512), 'drn': (256, 512, 1024, 2048), 'vgg11': (64, 128, 128, 128)}
+    widths = {**widths, 'convnext': (16, 24, 32, 48)}[name]
     config = dict(type=head, in_channels=list(widths) if head == 'UPerHead' else widths[3], **HEADS[head])
     if head == 'DepthwiseSeparableASPPHead':
         config['c1_in_channels'] = widths[0]
@@ -336,7 +373,9 @@ def test_decode_heads_build_and_step(name, head, tmp_path):
     before = copy.deepcopy(model.state_dict())
     make_runner(model, tmp_path, dict(type='DeepMoELossHook'), iters=1, interval=10).train()
     trained = [key for key, _ in model.named_parameters()]
+    read = {f'backbone.norm{i}' for i in (range(4) if head == 'UPerHead' else [3, *([0] if 'ASPP' in head else [])])}
     still = [key for key in trained if torch.equal(model.state_dict()[key], before[key])]
+    still = [key for key in still if not key.startswith('backbone.norm') or key.rpartition('.')[0] in read]
     assert not [key for key in still if key != 'decode_head.conv_seg.bias'], still
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
@@ -389,6 +428,84 @@ def test_pretrained(kind, suffix, gated, tmp_path):
     torch.testing.assert_close(own, weights, rtol=0, atol=0)
     if gated:
         assert all((gate == 1).all() for gate in backbone.eval().gating(images(2, 64)))
+
+
+def mmpretrains(name):
+    """mmpretrain's name of a tensor of timm's ConvNeXt."""
+    for pattern, replacement in (
+        (r'^stem', 'downsample_layers.0'),
+        (r'stages\.(\d)\.downsample', r'downsample_layers.\1'),
+        (r'\.blocks', ''),
+        ('conv_dw', 'depthwise_conv'),
+        (r'mlp\.fc', 'pointwise_conv'),
+        ('head.norm', 'norm3'),
+    ):
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+@pytest.mark.parametrize('kind', ['timm', 'mmpretrain', 'authors'])
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1,)])
+def test_pretrained_convnext(kind, out_indices, tmp_path):
+    weights = randomise(timm.create_model('convnext_atto', conv_mlp=False, num_classes=10)).state_dict()
+    content = weights
+    if kind != 'timm':
+        content = {mmpretrains(key): value for key, value in weights.items() if 'head.fc' not in key}
+    if kind == 'mmpretrain':
+        content = {'state_dict': {f'backbone.{key}': value for key, value in content.items()}}
+    if kind == 'authors':
+        names = {'depthwise_conv': 'dwconv', 'pointwise_conv': 'pwconv', 'norm3': 'norm'}
+        renamed = [(re.sub('|'.join(names), lambda m: names[m[0]], key), value) for key, value in content.items()]
+        content = {'model': dict(renamed)}
+    torch.save(content, tmp_path / 'weights.pth')
+    model = MODELS.build(
+        dict(
+            type='DeepMoEConvNeXt', arch='atto', out_indices=out_indices, init_cfg=pretrained(tmp_path / 'weights.pth')
+        )
+    )
+    model.init_weights()
+    own = {key: value for key, value in model.state_dict().items() if not key.startswith(('gating.', 'norm'))}
+    torch.testing.assert_close(own, {key: weights[key] for key in own}, rtol=0, atol=0)
+    assert len(own) > 20
+
+
+@pytest.mark.parametrize('decay_type', ['layer_wise', 'stage_wise'])
+def test_layer_wise_learning_rates_are_those_of_mmpretrains_convnext(decay_type):
+    from mmengine.optim import build_optim_wrapper
+
+    model = MODELS.build(segmentor_config({**TYPES['convnext'], 'arch': 'atto', 'linear_pw_conv': True}))
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            type='OptimWrapper',
+            optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05),
+            constructor='DeepMoELearningRateDecay',
+            paramwise_cfg=dict(decay_rate=0.9, decay_type=decay_type, num_layers=6),
+        ),
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {names[id(p)].removeprefix('backbone.'): g for g in wrapper.param_groups for p in g['params']}
+    assert len(groups) == len(names) == sum(len(group['params']) for group in wrapper.param_groups)
+    stage_wise = decay_type == 'stage_wise'
+    depths = {
+        'stem.0.weight': 0,
+        'stages.0.blocks.0.mlp.fc1.weight': 1,
+        'stages.3.blocks.0.gamma': 4 if stage_wise else 6,
+    }
+    depths.update({'stages.1.downsample.1.weight': 0 if stage_wise else 2, 'decode_head.conv_seg.weight': 7})
+    for name, depth in depths.items():
+        assert groups[name]['lr'] == pytest.approx(0.9 ** (7 - depth)), name
+    assert groups['gating.gates.weight']['lr'] == 1
+    assert groups['gating.gates.weight']['weight_decay'] == groups['stages.0.blocks.0.gamma']['weight_decay'] == 0
+    assert groups['stem.0.weight']['weight_decay'] == groups['gating.embedding.mixture.weight']['weight_decay'] == 0.05
+
+
+def test_layer_wise_learning_rates_are_for_convnexts():
+    from mmengine.optim import build_optim_wrapper
+
+    config = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=1.0), constructor='DeepMoELearningRateDecay')
+    with pytest.raises(ValueError, match='DeepMoEConvNeXt'):
+        build_optim_wrapper(segmentor(), {**config, 'paramwise_cfg': dict(num_layers=6, decay_rate=0.9)})
 
 
 def test_pretrained_takes_a_checkpoint_of_a_runner_with_its_gates(tmp_path):

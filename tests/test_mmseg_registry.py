@@ -44,11 +44,13 @@ def test_spellings(scope: str, before: str) -> None:
 
 
 def test_every_type_is_in_both_registries() -> None:
-    from mmengine.registry import HOOKS, MODELS
+    from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 
     import deepmoe_plugin.mmseg
     from deepmoe_plugin import registry
 
     for name in deepmoe_plugin.mmseg.__all__:
         of_all, own = (HOOKS, registry.HOOKS) if name.endswith('Hook') else (MODELS, registry.MODELS)
+        if name == 'DeepMoELearningRateDecay':
+            of_all, own = OPTIM_WRAPPER_CONSTRUCTORS, registry.OPTIM_WRAPPER_CONSTRUCTORS
         assert of_all.get(name) is own.get(name) is getattr(deepmoe_plugin.mmseg, name)

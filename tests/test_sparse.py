@@ -19,6 +19,7 @@ from deepmoe_plugin.sparse import SparseNetwork, build
 
 pytestmark = pytest.mark.usefixtures('always_sparse')
 
+_CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(24, 40, 33, 48))
 # Wide enough for layers to run on compact weights.
 STRUCTURES = {
     'basic': ('wide_deepmoe_resnet18', dict(layers=(1, 2, 1, 1), widen=(1, 1.3, 1, 0.5, 0.3))),
@@ -26,10 +27,13 @@ STRUCTURES = {
     'bottleneck_b': ('wide_deepmoe_resnet50b', dict(layers=(1, 1, 1, 1), widen=1)),
     'dilated': ('wide_deepmoe_drn_a_50', dict(layers=(1, 1, 1, 2), widen=0.5)),
     'cifar': ('wide_deepmoe_resnet20_cifar', dict(layers=(1, 1, 2), widen=3)),
+    'convnext': ('wide_deepmoe_convnext_tiny', dict(_CONVNEXT, widen=(2, 1, 0.5, 1.3))),
+    'convnext_conv': ('wide_deepmoe_convnext_tiny', dict(_CONVNEXT, conv_mlp=True)),
+    'convnextv2': ('wide_deepmoe_convnextv2_tiny', dict(_CONVNEXT)),
     'vgg': ('wide_deepmoe_vgg11_bn', dict(layout=(24, 'M', 40, 'M', 48, 64, 'M'), mlp_ratio=1 / 32)),
     'vgg_cifar': ('wide_deepmoe_vgg16_cifar', dict(layout=(24, 'M', 40, 33, 'M'))),
 }
-HEAVY = ('101', 'resnet34', 'vgg11', 'vgg13', 'vgg16_bn', 'vgg19', 'resnet110', 'drn')
+HEAVY = ('101', 'resnet34', 'vgg11', 'vgg13', 'vgg16_bn', 'vgg19', 'resnet110', 'drn', '_tiny', '_small', '_base')
 
 
 def network(structure: str, seed: int = 1, **kwargs: Any) -> nn.Module:

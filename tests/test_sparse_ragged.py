@@ -24,6 +24,7 @@ import deepmoe_plugin
 from deepmoe_plugin.sparse import plan, ragged
 from deepmoe_plugin.sparse.conv import GatherConv, WeightCache
 from deepmoe_plugin.sparse.engine import Settings, sparse_view
+from deepmoe_plugin.sparse.fold import fold_norm, geometry_of
 from deepmoe_plugin.sparse.plan import Reader, Segment
 from deepmoe_plugin.sparse.ragged import RaggedBatch, RaggedKept
 from deepmoe_plugin.sparse.trace import trace
@@ -98,7 +99,7 @@ def test_convolution(
     monkeypatch.setattr(ragged, 'TILES', ({'BLOCK_M': 16, 'BLOCK_N': 32},))
     monkeypatch.setattr(ragged, 'PACK_POSITIONS', 0 if packs else 10**9)
     conv = nn.Conv2d(40, 33, kernel, stride, padding, dilation).to(dtype)
-    sparse = GatherConv(conv, None, WeightCache(0))
+    sparse = GatherConv(*fold_norm(conv, None), geometry_of(conv), WeightCache(0))
     conv.float()
     gates_in, gates_out = gates_of([7, 40, 0], 40), gates_of([17, 33, 9], 33, 1)
     (reads, writes), (scale_in, scale_out) = RaggedBatch([gates_in, gates_out]).kept(slice(2))

@@ -119,7 +119,9 @@ def DeepMoEConvNeXt(
     )
     backbone = dict(
         norm_cfg=norm_cfg,
-        out_indices=(range(STAGES)[out_indices],) if isinstance(out_indices, int) else out_indices,
+        out_indices=(STAGES + out_indices if out_indices < 0 else out_indices,)
+        if isinstance(out_indices, int)
+        else out_indices,
         frozen_stages=frozen_stages or -1,
     )
     own = ('widen', 'drop_path_rate')

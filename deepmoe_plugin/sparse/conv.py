@@ -5,10 +5,10 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ragged
-from .fold import fold_norm
+from .fold import Geometry
 from .plan import Kept
 from .ragged import RaggedKept
 
@@ -63,23 +63,17 @@ class GatherConv:
     last, as torch's convolution likes it.
 
     Args:
-        conv, norm: of the network; the norm may be None.
+        weight, bias: (O, I, kh, kw) and (O,), what follows the convolution folded in.
+        geometry: how the kernel moves, over zeros beyond the border.
         cache: holds gathered weights.
-
-    Raises:
-        ValueError: the norm cannot be folded, or the convolution is of a kind that has no sparse form.
     """
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.Module | None, cache: WeightCache) -> None:
-        if conv.groups != 1 or conv.padding_mode != 'zeros' or isinstance(conv.padding, str):
-            raise ValueError(
-                f'Sparse execution supports convolutions with groups=1 and zero padding by numbers, got {conv}.'
-            )
-        weight, self.bias = fold_norm(conv, norm)
+    def __init__(self, weight: Tensor, bias: Tensor, geometry: Geometry, cache: WeightCache) -> None:
+        self.bias = bias
         self.out_channels, self.in_channels, *kernel = weight.shape
         self.kernel = tuple(kernel)
         self.taps = kernel[0] * kernel[1]
-        self.geometry = (tuple(conv.padding), tuple(conv.stride), tuple(conv.dilation))
+        self.geometry = geometry[1:]
         self.stored = weight.permute(0, 2, 3, 1).reshape(self.out_channels, self.taps, self.in_channels).contiguous()
         self.cache = cache
         self.other: Tensor | None = None

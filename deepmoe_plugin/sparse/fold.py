@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,37 @@ from ..plain import BATCH_NORMS, REMEDY, is_plain, oddity
 Module = TypeVar('Module', bound=nn.Module)
 
 
-def fold_norm(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight (O, I, kh, kw) and bias (O,) of the convolution that computes `norm(conv(x))` with running statistics.
+class Geometry(NamedTuple):
+    """How the kernel of a convolution moves: each (vertical, horizontal)."""
+
+    kernel: tuple[int, int]
+    padding: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+def geometry_of(conv: Any) -> Geometry:
+    """How the kernel of a convolution moves, or of the 1x1 convolution that a linear layer is."""
+    if isinstance(conv, nn.Linear):
+        return Geometry((1, 1), (0, 0), (1, 1), (1, 1))
+    return Geometry(conv.kernel_size, conv.padding, conv.stride, conv.dilation)
+
+
+def fold_norm(conv: Any, norm: Any, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weight (O, I, kh, kw) and bias (O,) of the convolution that computes `norm(conv(x)) * factors`.
+
+    Running statistics are used. A linear layer is taken for a 1x1 convolution.
 
     The arithmetic is done in float64, so that folding adds no error of its own.
 
     Raises:
         ValueError: the norm depends on the image, so that it cannot be folded, or either is not as its class has it.
     """
-    odd = oddity(conv, nn.Conv2d)
+    odd = oddity(conv, nn.Conv2d, nn.Linear)
     if odd:
         raise ValueError(f'Sparse execution reads the weights of convolutions, but one {odd}: {REMEDY}.')
     weight = conv.weight.detach().double()
+    weight = weight[:, :, None, None] if isinstance(conv, nn.Linear) else weight
     bias = torch.zeros_like(weight[:, 0, 0, 0]) if conv.bias is None else conv.bias.detach().double()
     if norm is not None and not isinstance(norm, nn.Identity):
         if not is_plain(norm, *BATCH_NORMS) or norm.running_mean is None:
@@ -39,6 +58,8 @@ def fold_norm(conv: nn.Conv2d, norm: Any) -> tuple[Tensor, Tensor]:
         if norm.bias is not None:
             shift = shift + norm.bias.detach().double()
         weight, bias = weight * factor[:, None, None, None], bias * factor + shift
+    if factors is not None:
+        weight, bias = weight * factors.detach().double()[:, None, None, None], bias * factors.detach().double()
     return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 

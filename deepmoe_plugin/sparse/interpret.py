@@ -31,7 +31,9 @@ class Interpreter:
         self.trace, self.widths, self.cache = trace, list(widths), cache
         self.limits, self.ragged_limit = [LIMIT] * len(widths), LIMIT
         self.convs = {
-            op.output: GatherConv(op.conv, op.norm, cache) for op in trace.operations if isinstance(op, Convolve)
+            op.output: GatherConv(*op.folded(), op.geometry, cache)
+            for op in trace.operations
+            if isinstance(op, Convolve)
         }
         self.layers = {op.output: op.layer for op in trace.operations}
         self._cuts: dict[tuple[str, ...], Cut] = {}
@@ -112,17 +114,20 @@ class Interpreter:
             kept_out, gate = group.kept[op.layer - segment.first], group.gates[op.layer - segment.first]
         if isinstance(op, Convolve):
             residual = values[op.residual] if op.residual else None
-            gate = gate if op.relu else None
-            return self.convs[op.output](inputs[0], kept_in, kept_out, gate, relu=op.relu, add_to=residual)
+            if op.activation == 'relu':
+                return self.convs[op.output](inputs[0], kept_in, kept_out, gate, relu=True, add_to=residual)
+            result = self.convs[op.output](inputs[0], kept_in, kept_out, add_to=residual)
+            if op.activation == 'gelu':
+                result = F.gelu(result)
+                return result if gate is None else _scaled(result, kept_out, gate)
+            return result
         if isinstance(op, Pool):
             kernel, padding, stride, dilation = op.window
             pooled = F.max_pool2d(inputs[0], kernel, stride, padding, dilation)
             return F.pad(pooled, (0, 0, 0, 0, 0, op.extra_channels)) if op.extra_channels else pooled
         if isinstance(op, Scale):
             assert gate is not None
-            if isinstance(kept_out, Kept):
-                gate = gate.index_select(1, kept_out.index)
-            return inputs[0] * gate.to(inputs[0].dtype)[:, :, None, None]
+            return _scaled(inputs[0], kept_out, gate)
         if isinstance(op, Widen):
             layer = self.layers[op.inputs[0]]
             assert layer is not None
@@ -154,6 +159,13 @@ def _kept(
     if layer is None or group is None or segment is None:
         return None
     return group.kept[layer - segment.first]
+
+
+def _scaled(x: Tensor, kept: Kept | RaggedKept | None, gate: Tensor) -> Tensor:
+    """Kept channels times their gates."""
+    if isinstance(kept, Kept):
+        gate = gate.index_select(1, kept.index)
+    return x * gate.to(x.dtype)[:, :, None, None]
 
 
 def _widened(x: Tensor, kept: Kept | RaggedKept | None, width: int) -> Tensor:

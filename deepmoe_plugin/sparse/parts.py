@@ -129,7 +129,7 @@ def _segment(part: Sequence[Operation], layers: dict[str, int | None], widths: S
     for op in part:
         scale = scales.get(op.inputs[0], 1.0)
         if isinstance(op, Convolve):
-            scale /= op.conv.stride[0] * op.conv.stride[1]
+            scale /= op.geometry.stride[0] * op.geometry.stride[1]
             sides = (layers.get(op.inputs[0]), op.layer)
             readers.append(
                 Reader(op.conv.weight.numel(), scale, *(None if side is None else side - first for side in sides))

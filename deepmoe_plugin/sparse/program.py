@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..experts import num_outputs
 from . import build
 from .conv import out_size
-from .fold import fold_norm
+from .fold import Geometry
 from .memory import Workspace, buffer
 from .parts import Part, cut, reads_of
 from .plan import LIMIT, partition
 from .trace import Call, Convolve, Operation, Pool, Scale, Trace
 
-BLOCK, LANES = 64, 16
-"""Outputs whose weights lie together, and those of a vector, as in program.cpp."""
+BLOCK = 64
+"""Outputs whose weights lie together, as in program.cpp."""
 SLACK = 64
 """Bytes behind every value, which a product may read but does not use."""
 SPAN = 16
@@ -38,14 +39,15 @@ MAX_SCHEDULES = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
 CONVOLVE, POOL, LOAD, WIDEN, SCALE = range(5)
+ACTIVATIONS = ('', 'relu', 'gelu')
 VALUES = np.dtype([(name, np.int64) for name in ('data', 'image_bytes', 'height', 'width', 'channels', 'layer')])
 OPERATIONS = np.dtype(
     [
         (name, np.int64)
         for name in (
             *('kind', 'input', 'output', 'residual', 'kernel_height', 'kernel_width', 'pad_height', 'pad_width'),
-            *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'span', 'relu', 'weight', 'bias'),
-            'weight_bytes',
+            *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'span', 'activation'),
+            *('weight', 'bias', 'weight_bytes', 'rows', 'rows_bytes'),
         )
     ]
 )
@@ -91,14 +93,16 @@ class PackedWeight:
         blocks: (output / BLOCK, kernel position, input, BLOCK), zeros behind the last output; in bfloat16, two
             neighbouring inputs lie side by side for each output.
         bias: (outputs,), float32.
+        rows: the same as (output, kernel position, input), of convolutions whose outputs are selected and whose inputs
+            are not: of closed outputs nothing is read then.
         span: kernel positions that are read as one, whose inputs then follow each other.
     """
 
-    def __init__(self, operation: Convolve, of_images: bool) -> None:
-        weight, bias = fold_norm(operation.conv, operation.norm)
+    def __init__(self, operation: Convolve, of_images: bool = False, selects_outputs: bool = False) -> None:
+        weight, bias = operation.folded()
         outputs, inputs, height, width = weight.shape
         pair = 4 // weight.element_size()
-        spans = of_images and operation.conv.dilation[1] == 1 and inputs < SPAN
+        spans = of_images and operation.geometry.dilation[1] == 1 and inputs < SPAN
         self.span = width if spans else 1
         self.of_images = of_images
         if spans:
@@ -118,6 +122,11 @@ class PackedWeight:
             part = part.view(len(part), padded // pair, pair, taps).permute(3, 1, 0, 2)
             target[block, :, :, : part.shape[2]] = part
         self.bias = bias.float().contiguous()
+        self.rows = None
+        if selects_outputs:
+            self.rows = buffer(outputs * taps * padded, weight.dtype)
+            ordered = weight.flatten(2).transpose(1, 2)
+            self.rows.view(outputs, taps, padded).copy_(torch.nn.functional.pad(ordered, (0, padded - inputs)))
 
 
 def _round_up(number: int, step: int) -> int:
@@ -158,7 +167,15 @@ class Program:
         self.set_limits([LIMIT] * len(self.widths))
         self.library = build.library()
         convolutions = [op for op in trace.operations if isinstance(op, Convolve)]
-        self.weights = {op.output: PackedWeight(op, op.inputs == [trace.image]) for op in convolutions}
+        layers = {op.output: op.layer for op in trace.operations}
+        self.weights = {
+            op.output: PackedWeight(
+                op,
+                of_images=op.inputs == [trace.image],
+                selects_outputs=op.layer is not None and layers.get(op.inputs[0]) is None,
+            )
+            for op in convolutions
+        }
         self._schedules: OrderedDict[tuple[object, ...], Schedule] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -227,7 +244,7 @@ class Schedule:
                     self._note(op, Shape(*op.function(self._zeros(op.inputs[0])).shape[1:]))
                     self.steps.append(op)
                     continue
-                pad = op.conv.padding if isinstance(op, Convolve) else (0, 0)
+                pad = op.geometry.padding if isinstance(op, Convolve) else (0, 0)
                 op = dataclasses.replace(op, inputs=[self._load(pad) if n == self.image else n for n in op.inputs])
                 if isinstance(op, Convolve) and op.residual == self.image:
                     op.residual = self._load((0, 0))
@@ -261,13 +278,16 @@ class Schedule:
     def _shape(self, op: Operation) -> Shape:
         channels, height, width = self.shapes[op.inputs[0]]
         if isinstance(op, Convolve):
-            conv = op.conv
-            pad = (0, 0) if self.program.weights[op.output].of_images else conv.padding
-            size = out_size((height, width), conv.kernel_size, pad, conv.stride, conv.dilation)
-            return Shape(conv.out_channels, *size)
+            size = out_size((height, width), *self._geometry(op))
+            return Shape(num_outputs(op.conv), *size)
         if isinstance(op, Pool):
             return Shape(channels + op.extra_channels, *out_size((height, width), *op.window))
         return Shape(channels, height, width)
+
+    def _geometry(self, op: Convolve) -> Geometry:
+        """How a kernel moves; images come with their zeros around them."""
+        of_images = self.program.weights[op.output].of_images
+        return op.geometry._replace(padding=(0, 0)) if of_images else op.geometry
 
     def _zeros(self, name: str) -> Tensor:
         return torch.zeros(1, *self.shapes[name], dtype=self.dtype)
@@ -282,11 +302,12 @@ class Schedule:
         row.update(output=self.numbers[op.output], residual=-1)
         row['input'] = self.numbers[op.inputs[0]] if op.inputs else -1
         if isinstance(op, Convolve):
-            conv, weight = op.conv, self.program.weights[op.output]
-            pad = (0, 0) if weight.of_images else conv.padding
-            row.update(kind=CONVOLVE, **_geometry(conv.kernel_size, pad, conv.stride, conv.dilation))
-            row.update(span=weight.span, relu=int(op.relu), weight_bytes=weight.blocks.nbytes)
+            weight = self.program.weights[op.output]
+            row.update(kind=CONVOLVE, **_geometry(*self._geometry(op)))
+            row.update(span=weight.span, activation=ACTIVATIONS.index(op.activation), weight_bytes=weight.blocks.nbytes)
             row.update(weight=weight.blocks.data_ptr(), bias=weight.bias.data_ptr())
+            if weight.rows is not None:
+                row.update(rows=weight.rows.data_ptr(), rows_bytes=weight.rows.nbytes)
             if weight.span > 1:
                 row['kernel_width'] = 1
             if op.residual:

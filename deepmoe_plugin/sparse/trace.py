@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import BlurPool2d, DropBlock2d, DropPath
+from timm.layers import GELU, BlurPool2d, DropBlock2d, DropPath
 from torch import Tensor, fx, nn
 
 from ..activation import GatedActivation
 from ..plain import BATCH_NORMS, is_plain
-from .fold import eval_view, fold_norm
+from .fold import Geometry, eval_view, fold_norm, geometry_of
 
+TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+"""Permutations to (B, H, W, C), and back."""
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d, DropPath)
 """What does nothing in evaluation mode."""
 ELEMENTWISE = (nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.Hardswish, nn.Mish, nn.Softplus, nn.Tanh)
@@ -46,17 +48,33 @@ class Operation:
 
 @dataclasses.dataclass
 class Convolve(Operation):
-    """`relu(norm(conv(x)) + residual) * gate`, each but the convolution only if there is one.
+    """`activation(norm(conv(x)) * factors + residual) * gate`, each but the convolution only if there is one.
 
-    With a gate but no ReLU, the gate is left to a `Scale` that follows.
+    With a gate but no activation, the gate is left to a `Scale` that follows.
+
+    Attributes:
+        conv: convolution, or linear layer, which is a 1x1 convolution of channels-last maps.
+        norm: batch norm.
+        factors: returns one for each output, as layer scale has them.
+        activation: '', 'relu' or 'gelu'.
     """
 
-    modules = ('conv', 'norm')
+    modules = ('conv', 'norm', 'factors')
 
     conv: Any = None
     norm: nn.Module | None = None
+    factors: Callable[[], Tensor] | None = None
     residual: str | None = None
-    relu: bool = False
+    activation: str = ''
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight (O, I, kh, kw) and bias (O,), norm and factors folded in."""
+        return fold_norm(self.conv, self.norm, None if self.factors is None else self.factors())
+
+    @property
+    def geometry(self) -> Geometry:
+        """How the kernel moves."""
+        return geometry_of(self.conv)
 
 
 @dataclasses.dataclass
@@ -100,7 +118,8 @@ class Call(Operation):
             if node.name in trace.gates:
                 return gates[trace.gates[node.name]]
             name = trace.names[node]
-            return values[name] if name in values else values[f'{name}_widened']
+            wide = f'{name}_widened'
+            return values[wide if wide in self.inputs else name]
 
         args, kwargs = fx.map_arg(self.arguments, value)
         return self.function(*args, **kwargs)
@@ -139,6 +158,8 @@ class Trace:
         def moved(part: Any) -> Any:
             if isinstance(part, _Attribute):
                 return _Attribute(view, part.name)
+            if isinstance(part, _ChannelsLast):
+                return _ChannelsLast(moved(part.function))
             return view.get_submodule(paths[part]) if isinstance(part, nn.Module) else part
 
         operations = [
@@ -156,6 +177,17 @@ class _Attribute:
 
     def __call__(self) -> Any:
         return operator.attrgetter(self.name)(self.view)
+
+
+@dataclasses.dataclass
+class _ChannelsLast:
+    """Calls a function that takes and gives maps (B, H, W, C) on maps (B, C, H, W)."""
+
+    function: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args = tuple(a.permute(0, 2, 3, 1) if isinstance(a, Tensor) and a.ndim == 4 else a for a in args)
+        return self.function(*args, **kwargs).permute(0, 3, 1, 2)
 
 
 class _Gates(nn.Module):
@@ -194,7 +226,8 @@ def trace(network: Any) -> Trace:
 class _Lowering:
     """One walk over a trace.
 
-    A convolution is held back, `pending`, until nothing more can be fused into it.
+    A convolution is held back, `pending`, until nothing more can be fused into it. All maps are (B, C, H, W) in the
+    operations: what the network does on channels-last maps is taken for what it is on those.
     """
 
     def __init__(self, view: Any, graph: fx.Graph) -> None:
@@ -205,6 +238,8 @@ class _Lowering:
         self.layers: dict[str, int | None] = {}
         self.gates: dict[str, int] = {}
         self.gating: fx.Node | None = None
+        self.channels_last: set[Any] = set()  # nodes (B, H, W, C), whose values are (B, C, H, W) all the same
+        self.late_norms = {layer.late_norm for layer in view.expert_layers}
         self.taps = self._taps()
         self.tapped = set(self.taps.values())
 
@@ -261,15 +296,28 @@ class _Lowering:
         del self.pending[conv.output]
         self.pending[node.name] = dataclasses.replace(conv, output=node.name, **changes)
 
+    def _alias(self, node: fx.Node, first: Any, conv: Convolve | None) -> None:
+        """Let a node stand for the value of its input."""
+        if node in self.tapped or len(node.users) > 1 or conv is None:
+            self.names[node] = self._value(first)
+        else:
+            self._extend(node, conv)
+
     def _lower(self, node: fx.Node) -> None:
         module: Any = self.view.get_submodule(node.target) if node.op == 'call_module' else None
         first: Any = node.args[0] if node.args else None
         conv = self._fusible(first)
-        if is_plain(module, *NOTHING):
-            if node in self.tapped or len(node.users) > 1 or conv is None:
-                self.names[node] = self._value(first)
-            else:
-                self._extend(node, conv)
+        last = first in self.channels_last
+        moved = _moved(node)
+        if moved == (TO_FIRST if last else TO_LAST):
+            self._alias(node, first, conv)
+            if not last:
+                self.channels_last.add(node)
+            return
+        if last:
+            self._lower_channels_last(node, module, first, conv)
+        elif is_plain(module, *NOTHING):
+            self._alias(node, first, conv)
         elif _is_convolution(module):
             self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
         elif module is not None and conv is not None and conv.norm is None and _is_norm(module, conv):
@@ -277,8 +325,10 @@ class _Lowering:
         elif is_plain(module, GatedActivation):
             assert isinstance(module, GatedActivation)
             self._gate(node, module, conv)
-        elif is_plain(module, nn.ReLU) and conv is not None and not conv.relu:
-            self._extend(node, conv, relu=True)
+        elif is_plain(module, nn.ReLU) and conv is not None and not conv.activation:
+            self._extend(node, conv, activation='relu')
+        elif conv is not None and (factors := self._factors(node)) is not None and _takes_factors(conv):
+            self._extend(node, conv, factors=factors)
         elif node.op == 'call_function' and node.target in (operator.add, operator.iadd, torch.add):
             self._add(node)
         elif is_plain(module, nn.MaxPool2d) and not module.ceil_mode and not module.return_indices:
@@ -291,13 +341,45 @@ class _Lowering:
         else:
             self._call(node, module)
 
+    def _lower_channels_last(self, node: fx.Node, module: Any, first: fx.Node, conv: Convolve | None) -> None:
+        """An operation on (B, H, W, C)."""
+        if is_plain(module, *NOTHING):
+            self._alias(node, first, conv)
+        elif is_plain(module, nn.Linear):
+            self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
+        elif is_plain(module, GatedActivation):
+            self._gate(node, module, conv)
+        elif isinstance(module, nn.LayerNorm) or node.target in self.late_norms:
+            self._call(node, module)
+        else:  # a true permutation
+            permuted = f'{node.name}_permuted'
+            self._emit(Call([self._value(first)], permuted, None, _to_last, ((first,), {})))
+            self.names[first] = permuted
+            self.channels_last.discard(first)
+            return self._lower(node)
+        self.channels_last.add(node)
+
+    def _factors(self, node: fx.Node) -> '_Attribute | None':
+        """The tensor of the network that a node multiplies channels by: `x.mul(tensor.reshape(1, -1, 1, 1))`."""
+        if node.op != 'call_method' or node.target != 'mul' or len(node.args) != 2:
+            return None
+        spread: Any = node.args[1]
+        if not isinstance(spread, fx.Node) or spread.op != 'call_method' or spread.target not in ('reshape', 'view'):
+            return None
+        tensor, *shape = spread.args
+        if shape != [1, -1, 1, 1] or not isinstance(tensor, fx.Node) or tensor.op != 'get_attr':
+            return None
+        return _Attribute(self.view, str(tensor.target))
+
     def _gate(self, node: fx.Node, module: GatedActivation, conv: Convolve | None) -> None:
         gate: Any = node.args[1]
         layer = self.gates[gate.name]
-        if conv is None or conv.relu or conv.residual is not None:
+        if conv is None or conv.activation or conv.residual is not None:
             self._call(node, module)
         elif is_plain(module.act, nn.ReLU):
-            self._extend(node, conv, relu=True, layer=layer)
+            self._extend(node, conv, activation='relu', layer=layer)
+        elif _is_gelu(module.act):
+            self._extend(node, conv, activation='gelu', layer=layer)
         elif is_plain(module.act, *ELEMENTWISE):
             value = self._value(node.args[0])
             self.operations[-1].layer = self.layers[value] = layer
@@ -311,7 +393,7 @@ class _Lowering:
         operands = node.args
         for mine, other in (operands, operands[::-1]):
             conv = self._fusible(mine)
-            free = conv is not None and not conv.relu and conv.residual is None and conv.layer is None
+            free = conv is not None and not conv.activation and conv.residual is None and conv.layer is None
             if conv is None or not free or not isinstance(other, fx.Node) or node.kwargs:
                 continue
             residual = self._value(other)
@@ -327,6 +409,8 @@ class _Lowering:
         elif node.op == 'get_attr':
             attribute = str(node.target)
             function = _Attribute(self.view, attribute)
+        if any(part in self.channels_last for part in node.all_input_nodes):
+            function = _ChannelsLast(function)
         inputs = [self._value(part) for part in node.all_input_nodes if part.name not in self.gates]
         if getattr(getattr(module, 'act', module), 'inplace', False):  # who reads what it overwrites reads it before
             for name in [name for name, conv in self.pending.items() if {*conv.inputs, conv.residual} & {*inputs}]:
@@ -355,5 +439,25 @@ def _is_convolution(module: Any) -> bool:
 
 def _is_norm(module: Any, conv: Convolve) -> bool:
     """Whether a module is a norm that can be folded into the convolution before it."""
-    follows = not conv.relu and conv.residual is None and conv.layer is None
+    follows = not conv.activation and conv.residual is None and conv.layer is None
     return follows and is_plain(module, *BATCH_NORMS) and module.running_mean is not None
+
+
+def _takes_factors(conv: Convolve) -> bool:
+    return not conv.activation and conv.residual is None and conv.layer is None and conv.factors is None
+
+
+def _is_gelu(module: nn.Module) -> bool:
+    """Whether a module is the exact GELU."""
+    return is_plain(module, GELU) or (is_plain(module, nn.GELU) and getattr(module, 'approximate', '') == 'none')
+
+
+def _moved(node: fx.Node) -> tuple[int, ...] | None:
+    """The dimensions that a node permutes."""
+    if node.op != 'call_method' or node.target != 'permute' or node.kwargs:
+        return None
+    return tuple(node.args[1:])  # type: ignore[arg-type]
+
+
+def _to_last(x: Tensor) -> Tensor:
+    return x.permute(*TO_LAST)
