@@ -85,7 +85,7 @@ def draw_choice(layers: Sequence[tuple[Tensor, Tensor, dict[str, float]]], class
         left.set_xticks(range(use.shape[1]))
         left.set_yticks(range(len(classes)), classes)
         left.set(xlabel=f'expert of layer {number}', ylabel='class')
-        figure.colorbar(image, ax=left, label='part of the images that choose it')
+        figure.colorbar(image, ax=left, label='part of its images')
         most = float(np.log2(use.shape[1]))
         right.hist(entropies, bins=np.linspace(0, most, 41), color=COLOURS[0])
         right.set(xlabel='entropy of the gates (bits)', ylabel='images', xlim=(0, most))
