@@ -22,7 +22,7 @@ from mmengine.model import PretrainedInit
 from mmseg.registry import MODELS
 from small_segmentors import CLASSES, backbone_config, make_runner, segmentor, segmentor_config
 
-from deepmoe_plugin import count_macs, find_deepmoe, sparsify
+from deepmoe_plugin import count_macs, find_deepmoe, gating_terms, sparsify
 from deepmoe_plugin.macs import MacsTable
 
 TYPES = {
@@ -662,3 +662,16 @@ def test_copies(gated):
 def test_the_rest_of_the_package_needs_no_mmseg():
     code = 'import sys; sys.modules.update(mmengine=None, mmcv=None, mmseg=None); import deepmoe_plugin'
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'drn', 'vgg11'])
+def test_losses_on_the_latent_mixture(name):
+    weights = dict(importance_loss_weight=0.2, similarity_loss_weight=[1e-3, 1e-3], similarity_of='features')
+    backbone = build(name, **weights).train()
+    features = backbone(images(size=64))
+    terms = gating_terms(backbone, loss=list(features))
+    assert terms.keys() == {
+        *('loss_gate', 'loss_importance', 'loss_similarity', 'kept_experts', 'gate_entropy', 'use_entropy')
+    }
+    (terms['loss_importance'] + terms['loss_similarity']).backward()
+    assert backbone.gating.embedding.fc.weight.grad.isfinite().all()

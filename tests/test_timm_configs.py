@@ -121,6 +121,7 @@ def test_sibling_builds_for_the_images_of_its_config(path: Path) -> None:
     assert tuple(config['input_size']) == (model.in_chans, *model.img_size)
     assert config['smoothing'] == 0
     assert (config['opt'] == 'adam') == path.stem.startswith('moe_')
+    assert config['sched'] == 'cosine' or config['decay_epochs'] > config['epochs']  # sched: none ends train.py
 
 
 def test_siblings_are_those_of_both_papers() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -218,3 +219,46 @@ def test_scripting_is_refused(folder: Path) -> None:
     run = Run(folder, 'scripted', *STAGE1, '--torchscript')
     assert run.processes[0].wait() == 1
     assert 'leave out --torchscript' in run.log
+
+
+@pytest.fixture(scope='module')
+def digits(folder: Path) -> Path:
+    """Jittered digits of random pixels, and the same digits as torchvision keeps MNIST."""
+    from test_digits import write_idx
+
+    from deepmoe_plugin.cli.jittered_digits import write_jittered
+
+    for name, count in (('train', 200), ('t10k', 30)):
+        write_idx(folder / 'mnist/MNIST/raw', name, count, 0)
+    write_jittered(folder / 'jittered', str(folder / 'mnist'))
+    return folder
+
+
+def sibling(folder: Path, name: str, config: str, data: str, *args: str) -> Run:
+    path = ROOT / f'configs/timm/{config}.yaml'
+    model = yaml.safe_load(path.read_text())['model']
+    options = ('--config', str(path), '--model', model, '--data-dir', data, '--num-classes', '10', '--lr', '0.01')
+    return Run(folder, name, *options, *args)
+
+
+def test_stacked_mixture_in_two_phases(digits: Path) -> None:
+    first = sibling(digits, 'phase1', 'dmoe_4x50_4x20', 'jittered').finish()
+    assert 'use_entropy_2' in first.log
+    start = str(first.output / 'last.pth.tar')
+    second = sibling(digits, 'phase2', 'dmoe_4x50_4x20_phase2', 'jittered', '--initial-checkpoint', start).finish()
+    before, after = (run.checkpoint()['state_dict'] for run in (first, second))
+    assert before['layers.0.balance.units'].sum() > 0
+    assert torch.equal(before['layers.0.balance.units'], after['layers.0.balance.units'])
+    assert not torch.equal(before['head.weight'], after['head.weight'])
+
+
+def test_specialised_mixture_logs_its_losses_and_is_distilled(digits: Path) -> None:
+    first = sibling(digits, 'attentive', 'moe_mnist_attentive_similarity', 'mnist').finish()
+    assert 'loss_similarity' in first.log
+    start = str(first.output / 'last.pth.tar')
+    second = sibling(digits, 'distilled', 'moe_mnist_distilled', 'mnist', '--initial-checkpoint', start).finish()
+    before, after = (run.checkpoint()['state_dict'] for run in (first, second))
+    assert_identical(
+        *({k: v for k, v in state.items() if k.startswith(('experts.', 'gate.trunk.'))} for state in (before, after))
+    )
+    assert 'gate.head.weight' in after

@@ -33,9 +33,9 @@ def draw_where_what(layers: Sequence[tuple[Tensor, Tensor, dict[str, float]]], c
             axis = line[expert]
             axis.set_visible(True)
             image = axis.imshow(values, cmap='cividis', vmin=low, vmax=high, extent=extent)
-            axis.set(title=f'layer {number}, expert {expert}', xlabel='shift to the right (pixels)')
+            axis.set(title=f'layer {number}, expert {expert}', xlabel='shift right (px)')
             axis.set(xticks=(-reach, 0, reach), yticks=(-reach, 0, reach))
-        line[0].set_ylabel('shift down (pixels)')
+        line[0].set_ylabel('shift down (px)')
         figure.colorbar(image, ax=line[: len(by_place)], label='mean gate', shrink=0.8)
         axis = line[-1]
         image = axis.imshow(by_class, cmap='cividis', aspect='auto')
@@ -85,7 +85,7 @@ def draw_choice(layers: Sequence[tuple[Tensor, Tensor, dict[str, float]]], class
         left.set_xticks(range(use.shape[1]))
         left.set_yticks(range(len(classes)), classes)
         left.set(xlabel=f'expert of layer {number}', ylabel='class')
-        figure.colorbar(image, ax=left, label='part of the images that choose it')
+        figure.colorbar(image, ax=left, label='part of its images')
         most = float(np.log2(use.shape[1]))
         right.hist(entropies, bins=np.linspace(0, most, 41), color=COLOURS[0])
         right.set(xlabel='entropy of the gates (bits)', ylabel='images', xlim=(0, most))

@@ -50,6 +50,7 @@ OPTIONS: dict[str, Any] = {
     'weight_decay': 2e-5,
     'sched': 'cosine',
     'min_lr': 0.0,
+    'decay_epochs': 90,
     'warmup_epochs': 5,
 }
 # What is done in any case, or has no meaning for images in memory.
@@ -142,6 +143,7 @@ def train_digits(
         sched=options['sched'],
         num_epochs=options['epochs'],
         min_lr=options['min_lr'],
+        decay_epochs=options['decay_epochs'],
         warmup_epochs=options['warmup_epochs'],
         warmup_lr=1e-5,
     )
