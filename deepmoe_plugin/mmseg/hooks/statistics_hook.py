@@ -76,10 +76,10 @@ class _WandbRow(dict[str, Any]):
 
 @HOOKS.register_module()
 class GateStatisticsHook(Hook):
-    """Logs `kept_experts` (fraction of experts kept, 0..1), `dynamic_experts` (fraction of experts that some images keep
-    and others do not) and `gmacs` (10^9 multiply-accumulates of an image).
+    """Logs `kept_experts` (fraction of experts kept, 0..1), `dynamic_experts` (fraction of experts that some images
+    keep and others do not) and `gmacs` (10^9 multiply-accumulates of an image).
 
-    They are over the images of a training batch, or of all images validated or tested, processes together.
+    They are averages over the images of a training batch, or of all images validated or tested, processes together.
     `gmacs` is what the backbone costs, gating network included and decode heads not, as `count_macs` counts, at the
     size that the backbone sees; all windows or augmentations of an image add up. In `dynamic_experts` each counts as an
     image. A dense backbone has `gmacs` only.
