@@ -67,7 +67,8 @@ def warm_start(
         rank = (
             (worth / network.macs_of_experts().to(worth.device).sqrt()).clamp(min=torch.finfo(worth.dtype).tiny).log()
         )
-        rank = (rank - rank.mean()).clamp(-LIMIT, LIMIT)
+        # The median: dead experts, whose logarithm is far below all others, would draw a mean to themselves.
+        rank = (rank - rank.median()).clamp(-LIMIT, LIMIT)
         rows, offset = _train_embedding(model, network, loader, activation, epochs, progress)
         with torch.no_grad():
             # The mixture sums to one, so that a constant of the prediction is a constant of each row.

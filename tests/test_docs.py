@@ -208,7 +208,8 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     create = timm.create_model
 
     def create_small(name: str, *args: Any, **kwargs: Any) -> nn.Module:
-        small = {'layers': (1, 1, 1, 1), 'widen': 0.25} if name.endswith('deepmoe_resnet50') else {}
+        small = {'layers': (1, 1, 1, 1)} if name.endswith('deepmoe_resnet50') else {}
+        small |= {'widen': 0.25} if name.startswith('wide') and small else {}
         return create(name, *args, **{**small, **kwargs})
 
     monkeypatch.setattr(timm, 'create_model', create_small)

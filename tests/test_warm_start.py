@@ -11,6 +11,11 @@ from deepmoe_plugin import gate_statistics, set_budget, warm_start
 STRUCTURES = ['cifar', 'bottleneck_a', 'vgg_cifar', 'convnext']
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def loader(batches=4, batch=16, size=32):
     """Images of two kinds, bright and dark, that a network with random weights already treats differently."""
     found = []
