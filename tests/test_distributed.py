@@ -14,13 +14,13 @@ from deepmoe_plugin import DeepMoELoss
 
 CASES: dict[str, dict[str, Any]] = {
     'fixed lambda': {'gate_loss_weight': 0.7, 'embed_loss_weight': 0.3},
-    'target_kept': {'target_kept': 0.3, 'gate_loss_weight': 5.0, 'embed_loss_weight': 0.3},
-    'target_macs': {'target_macs': 0.5, 'gate_loss_weight': 5.0, 'gate_norm': 'macs'},
+    'target_kept': {'target_kept': 0.3, 'target_steps': 4, 'embed_loss_weight': 0.3},
+    'target_macs': {'target_macs': 0.5, 'target_steps': 4, 'gate_loss_weight': 5.0, 'gate_norm': 'macs'},
     'frozen': {'freeze_gating': True},
     'accumulation': {'gate_loss_weight': 0.7, 'embed_loss_weight': 0.3},
     'compiled': {'gate_loss_weight': 0.7, 'embed_loss_weight': 0.3},
     'distillation': {'gate_loss_weight': 0.7, 'embed_loss_weight': 0.3},
-    'hand-written loop': {'target_kept': 0.3, 'gate_loss_weight': 5.0},
+    'hand-written loop': {'target_kept': 0.3, 'target_steps': 4},
 }
 STEPS, BATCH = 3, 8
 State = dict[str, Tensor]
@@ -97,4 +97,4 @@ def test_two_processes_equal_one(ranks: list[dict[str, tuple[State, list[Tensor]
         torch.testing.assert_close(sum(halves) / 2, whole)
     if case.startswith('target'):
         assert kept_first[0] != kept_second[0]
-        assert expected['gating.budget.strength'] != CASES[case]['gate_loss_weight']
+        assert expected['gating.gates.threshold'] > 0

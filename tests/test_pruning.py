@@ -123,7 +123,7 @@ def test_all_other_state_stays():
     model.drop_rate = 0.3
     model.bn1.momentum = 0.01
     model.gating.gate_loss_weight = 0.25
-    model.gating.budget.strength.fill_(7)
+    model.gating.gates.threshold.fill_(0.01)
     model.layer1[0].conv2.to(memory_format=torch.channels_last)
     calls = []
     model.fc.register_forward_hook(lambda *_: calls.append(1))
@@ -133,7 +133,7 @@ def test_all_other_state_stays():
     assert calls == [1]
     assert smaller.grad_checkpointing
     assert (smaller.drop_rate, smaller.bn1.momentum, smaller.gating.gate_loss_weight) == (0.3, 0.01, 0.25)
-    assert smaller.gating.budget.strength == 7
+    assert smaller.gating.gates.threshold == model.gating.gates.threshold > 0
     assert smaller.layer1[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
     mixed = gated('cifar').to(torch.bfloat16)
     mixed.gating.float()
