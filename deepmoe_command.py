@@ -29,7 +29,6 @@ EXTRAS = {
     **dict.fromkeys(('mmengine', 'mmcv', 'mmseg'), 'mmseg'),
     **dict.fromkeys(('matplotlib', 'sklearn', 'scipy'), 'plot'),
     'mlxtend': 'demo',
-    'numba': 'fast',
 }
 
 

@@ -3,6 +3,7 @@
 Tests run it with every address checked (see `build.CHECKED`).
 """
 
+import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -247,14 +248,16 @@ def test_packed_weights_lie_as_native_code_reads_them() -> None:
     assert not packed[1, :, :, 6:].any()
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(build, 'compiler', lambda: None)
+@pytest.mark.parametrize(('command', 'reason'), [(None, 'no C++ compiler'), ('/bin/false', 'does not build it')])
+def test_what_is_missing_is_said(
+    command: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, 'compiler', lambda: command)
+    monkeypatch.setattr(build, '_found', functools.cache(build._found.__wrapped__))
     with caplog.at_level(logging.WARNING):
-        assert build.library.__wrapped__() is None
-    assert 'no C++ compiler' in caplog.text
-    monkeypatch.setattr(build, 'compiler', lambda: '/bin/false')
-    assert build.library.__wrapped__() is None
-    assert 'does not build it' in caplog.text
+        assert build.library() is None
+        assert reason in build.missing()
+    assert caplog.text.count(reason) == 1
 
 
 def test_schedules_do_not_pile_up() -> None:
