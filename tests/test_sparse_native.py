@@ -5,6 +5,9 @@ Tests run it with every address checked (see `build.CHECKED`).
 
 import functools
 import logging
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -161,6 +164,18 @@ def test_any_number_of_threads(batch: int, threads: int) -> None:
         assert_exact(model, images(batch, 40))
     finally:
         torch.set_num_threads(before)
+
+
+def test_fewer_threads_than_asked_for() -> None:
+    """Threads wait for as many as there are, not for as many as were asked for."""
+    code = (
+        'import torch, timm, deepmoe_plugin; torch.set_num_threads(3); torch.set_grad_enabled(False);'
+        'model = timm.create_model("wide_deepmoe_resnet20_cifar").eval(); x = torch.randn(2, 3, 32, 32);'
+        'torch.testing.assert_close(deepmoe_plugin.sparsify(model)(x), model(x), rtol=1e-4, atol=1e-5)'
+    )
+    environment = {**os.environ, 'OMP_THREAD_LIMIT': '2'}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 @torch.no_grad()
