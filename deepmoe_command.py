@@ -31,7 +31,6 @@ EXTRAS = {
     **dict.fromkeys(('mmengine', 'mmcv', 'mmseg'), 'mmseg'),
     **dict.fromkeys(('matplotlib', 'sklearn', 'scipy'), 'plot'),
     'mlxtend': 'demo',
-    'numba': 'fast',
 }
 
 

@@ -12,20 +12,18 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .. import __version__
-from ..sparse import native, ragged, tiles
+from ..sparse import build, ragged
 from .configs import configs_folder, shipped_configs
 
 # Distributions by what they are needed for; of several names the installed one counts.
 DISTRIBUTIONS = {
     'core': (('torch',), ('torchvision',), ('timm',), ('safetensors',), ('numpy',)),
-    'fast': (('numba',),),
     'mmseg': (('onedl-mmengine', 'mmengine'), ('onedl-mmcv', 'mmcv'), ('onedl-mmsegmentation', 'mmsegmentation')),
     'plot': (('matplotlib',), ('scikit-learn',)),
     'export': (('onnx',), ('onnxruntime',), ('onnxscript',)),
     'GPU': (('triton',),),
 }
-DECISIVE = {torch.float32: 'avx2', torch.bfloat16: 'avx512bf16'}
-FEATURES = ('sse4.2', 'avx', 'avx2', 'fma', 'avx512f', 'avx512bf16', 'avx512fp16', 'amx-tile', 'amx-bf16')
+FEATURES = ('sse4_2', 'avx', 'avx2', 'fma', 'avx512f', 'avx512_bf16', 'amx_tile', 'amx_bf16', 'asimd', 'bf16')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,8 +60,8 @@ def _version(names: Sequence[str]) -> str:
 def processor() -> Iterator[str]:
     """Kind, cores, threads and features of the processor, and the variables that bound them; then the GPUs."""
     yield f'{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch'
-    known = native.features()
-    yield 'features: ' + (' '.join(name for name in FEATURES if name in known) or 'unknown without numba')
+    known = build.features()
+    yield 'features: ' + (' '.join(name for name in FEATURES if name in known) or 'unknown')
     for name in ('OMP_NUM_THREADS', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA'):
         if name in os.environ:
             yield f'{name}={os.environ[name]}'
@@ -73,12 +71,14 @@ def processor() -> Iterator[str]:
 
 def sparse_execution() -> Iterator[str]:
     """What runs the convolutions of `deepmoe_plugin.sparsify`, by device and type, and why nothing faster does."""
-    for dtype in (torch.float32, torch.bfloat16):
-        name = str(dtype).removeprefix('torch.')
-        if tiles.available(dtype):
-            yield f'CPU, {name}: tiles, the fastest way'
-        else:
-            yield f"CPU, {name}: torch's convolutions on gathered weights; no tiles: {_why_no_tiles(dtype)}"
+    reason = build.missing()
+    if reason:
+        yield f"CPU: torch's convolutions on gathered weights; no native program: {reason}"
+    else:
+        yield f'CPU, float32 and bfloat16: native program, built by {build.compiler()} in {build.cache_folder()}'
+        if 'avx512f' not in build.features():
+            yield 'CPU: without AVX-512 the native program runs right, how fast has not been measured'
+        yield "CPU, other types: torch's convolutions on gathered weights"
     if not torch.cuda.is_available():
         yield 'GPU: none that this torch can use'
         return
@@ -87,18 +87,3 @@ def sparse_execution() -> Iterator[str]:
         yield 'GPU: ragged kernels for batches of different images'
     else:
         yield "GPU: torch's convolutions on gathered weights, image by image; no ragged kernels: Triton does not work"
-
-
-def _why_no_tiles(dtype: torch.dtype) -> str:
-    if platform.machine() not in ('x86_64', 'AMD64'):
-        return 'the processor is no x86-64'
-    if not native.features():
-        return "numba is not installed: pip install 'deepmoe-plugin[fast]'"
-    if native.openmp() is None:
-        return "torch does not run on GNU's OpenMP"
-    if DECISIVE[dtype] not in native.features():
-        return f'the processor lacks {DECISIVE[dtype]}'
-    limits = [name for name in ('ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA') if name in os.environ]
-    if limits and dtype != torch.float32:
-        return f'{" and ".join(limits)} leave the instructions for it out'
-    return f'torch {torch.__version__} does not offer the products that they are made of'
