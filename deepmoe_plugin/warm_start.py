@@ -3,8 +3,8 @@
 A trained dense network knows two things that its gates would otherwise have to find out while they close:
 
 * What an expert is worth. The gradient of the loss with respect to its gate, at one, is the first-order change of the
-  loss if the gate closes (Molchanov et al. 2017, the Taylor criterion); divided by the root of its MACs, it ranks
-  the experts of all layers.
+  loss if the gate closes (Molchanov et al. 2017, the Taylor criterion); divided by its MACs, it ranks the experts of
+  all layers.
 * Which images use it. The activations of an expert on one image, relative to its average, say how much there is to
   lose for this image. No label enters, so that the gates know the image and not the answer.
 
@@ -25,7 +25,7 @@ from .experts import GatedNetwork, find_deepmoe
 
 SPREAD = 0.2
 """Standard deviation of `W e` over experts, about one: gates scale channels, and this much does not disturb."""
-IMAGE_SHARE = 0.25
+IMAGE_SHARE = 0.3
 """Weight of the image beside the average: the logarithm of an expert's relative activation is predicted only in part,
 and with more weight its errors close experts that the image needs."""
 LIMIT = 2.5  # of the standardised rank, either way: outliers would only stretch the scale
@@ -64,9 +64,7 @@ def warm_start(
     model.eval()
     try:
         worth, activation = _measure(model, network, loader, criterion, importance_images, progress)
-        rank = (
-            (worth / network.macs_of_experts().to(worth.device).sqrt()).clamp(min=torch.finfo(worth.dtype).tiny).log()
-        )
+        rank = (worth / network.macs_of_experts().to(worth.device)).clamp(min=torch.finfo(worth.dtype).tiny).log()
         # The median: dead experts, whose logarithm is far below all others, would draw a mean to themselves.
         rank = (rank - rank.median()).clamp(-LIMIT, LIMIT)
         rows, offset = _train_embedding(model, network, loader, activation, epochs, progress)

@@ -38,6 +38,24 @@ def test_random_gates(tmp_path):
     assert Image.open(tmp_path / 'result.png').width > 100
 
 
+def test_engines(tmp_path):
+    pytest.importorskip('onnxruntime')
+    few = ('--variants', 'sparse', 'thin', '--engines', 'onnxruntime', '--out', str(tmp_path / 'result'))
+    done = benchmark(*MODEL, *few)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / 'result.json').read_text())['rows']
+    assert row['thin_onnxruntime_ms'] > 0
+    assert row['speedup_best_engine'] == 'wide_onnxruntime'
+    assert row['efficiency_best'] > 0
+    assert 'speed-up over best dense' in done.stdout
+
+
+def test_a_missing_engine_is_skipped_with_a_word(tmp_path):
+    done = benchmark(*MODEL, '--variants', 'sparse', '--engines', 'onnxruntime', '--dtype', 'bfloat16')
+    assert done.returncode == 0, done.stderr
+    assert 'Without ideal thin, onnxruntime: ' in done.stdout
+
+
 def test_gates_of_a_checkpoint(tmp_path):
     model = randomise(timm.create_model(MODEL[0], num_classes=10))
     torch.save(model.state_dict(), tmp_path / 'model.pth')

@@ -181,19 +181,9 @@ def test_doctor_tells_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert f'torch {torch.__version__.partition("+")[0]}' in text
     assert str(configs.configs_folder()) in text
-    assert 'CPU, float32: ' in text
+    assert 'CPU, float32 and bfloat16: ' in text or 'no native program' in text
 
 
-@pytest.mark.parametrize(
-    ('openmp', 'compiler', 'reason'),
-    [
-        (None, 'g++', "GNU's OpenMP"),
-        (object(), None, 'install g++'),
-        (object(), 'g++', 'g++ does not build it'),
-    ],
-)
-def test_doctor_tells_why_the_native_program_is_missing(monkeypatch, openmp, compiler, reason) -> None:
-    monkeypatch.setattr(doctor.program, 'available', lambda images: False)
-    monkeypatch.setattr(doctor.build, 'openmp', lambda: openmp)
-    monkeypatch.setattr(doctor.build, 'compiler', lambda: compiler)
-    assert reason in next(doctor.sparse_execution())
+def test_doctor_tells_why_the_native_program_is_missing(monkeypatch) -> None:
+    monkeypatch.setattr(doctor.build, 'missing', lambda: 'there is no C++ compiler')
+    assert 'there is no C++ compiler' in next(doctor.sparse_execution())

@@ -674,4 +674,4 @@ def test_losses_on_the_latent_mixture(name):
         *('loss_gate', 'loss_importance', 'loss_similarity', 'kept_experts', 'gate_entropy', 'use_entropy')
     }
     (terms['loss_importance'] + terms['loss_similarity']).backward()
-    assert backbone.gating.embedding.fc.weight.grad.isfinite().all()
+    assert backbone.gating.embedding.mixture.weight.grad.isfinite().all()

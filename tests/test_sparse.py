@@ -253,7 +253,7 @@ def test_features_only() -> None:
 @pytest.mark.parametrize('structure', STRUCTURES)
 def test_without_compiler(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, 'compiler', lambda: None)
-    monkeypatch.setattr(build, 'library', build.library.__wrapped__)
+    monkeypatch.setattr(build, '_found', build._found.__wrapped__)
     assert build.library() is None
     model = network(structure)
     sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 2, 0.4)))

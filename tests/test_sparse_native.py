@@ -3,7 +3,11 @@
 Tests run it with every address checked (see `build.CHECKED`).
 """
 
+import functools
 import logging
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -162,6 +166,18 @@ def test_any_number_of_threads(batch: int, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_fewer_threads_than_asked_for() -> None:
+    """Threads wait for as many as there are, not for as many as were asked for."""
+    code = (
+        'import torch, timm, deepmoe_plugin; torch.set_num_threads(3); torch.set_grad_enabled(False);'
+        'model = timm.create_model("wide_deepmoe_resnet20_cifar").eval(); x = torch.randn(2, 3, 32, 32);'
+        'torch.testing.assert_close(deepmoe_plugin.sparsify(model)(x), model(x), rtol=1e-4, atol=1e-5)'
+    )
+    environment = {**os.environ, 'OMP_THREAD_LIMIT': '2'}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 @torch.no_grad()
 def test_many_callers() -> None:
     """Each thread has memory of its own, also while shapes change."""
@@ -247,14 +263,16 @@ def test_packed_weights_lie_as_native_code_reads_them() -> None:
     assert not packed[1, :, :, 6:].any()
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(build, 'compiler', lambda: None)
+@pytest.mark.parametrize(('command', 'reason'), [(None, 'no C++ compiler'), ('/bin/false', 'does not build it')])
+def test_what_is_missing_is_said(
+    command: str | None, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, 'compiler', lambda: command)
+    monkeypatch.setattr(build, '_found', functools.cache(build._found.__wrapped__))
     with caplog.at_level(logging.WARNING):
-        assert build.library.__wrapped__() is None
-    assert 'no C++ compiler' in caplog.text
-    monkeypatch.setattr(build, 'compiler', lambda: '/bin/false')
-    assert build.library.__wrapped__() is None
-    assert 'does not build it' in caplog.text
+        assert build.library() is None
+        assert reason in build.missing()
+    assert caplog.text.count(reason) == 1
 
 
 def test_schedules_do_not_pile_up() -> None:

@@ -2,7 +2,8 @@
 
 All variants run in one process, one after the other in every repetition, on the same images and gates. Each
 repetition draws new gates, so that no gathered weight is used twice. Norms are folded in every variant, and each plain
-network runs in the memory format that suits it best. Gates are random ones at an exact fraction, without the time of
+network runs in the memory format that suits it best. With --engines, the thin network and the wide one without gates
+also run on what users deploy with instead of PyTorch. Gates are random ones at an exact fraction, without the time of
 the gating network, or those that a trained checkpoint gives to real images, with it.
 
     deepmoe benchmark wide_deepmoe_resnet50 --kept 0.5 --out results/resnet50
@@ -33,6 +34,7 @@ import deepmoe_plugin
 from ..experts import expert_widths
 from ..macs import MacsTable
 from ..sparse.fold import fold_norm
+from .engines import ENGINES, Missing
 from .images import data_config
 from .networks import NETWORK_HELP, add_network_arguments, create_network, read_settings
 from .timm_options import model_arguments
@@ -44,6 +46,11 @@ VARIANTS = {
     'thin': 'ideal thin',
     'thin_fused': 'ideal thin, this engine',
     'base': 'dense base, unwidened',
+}
+BY_ENGINE = {
+    f'{variant}_{engine}': f'{label}, {engine}'
+    for variant, label in (('thin', 'ideal thin'), ('wide', 'wide, no gates'))
+    for engine in ENGINES
 }
 
 
@@ -138,6 +145,15 @@ def best_format(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
     return candidates[best][0], best
 
 
+def on_engine(engine: str, model: nn.Module, x: Tensor, label: str) -> Any:
+    """What runs the model on an engine; None, with a word, where that is not possible."""
+    try:
+        return ENGINES[engine](copy.deepcopy(model), x)
+    except Missing as error:
+        print(f'Without {label}: {error}.')
+        return None
+
+
 def measure(function: Callable[[], Any], clock: str) -> float:
     """Seconds that one call takes."""
     if torch.cuda.is_available():
@@ -181,7 +197,7 @@ def build(
     facts: dict[str, Any] = {'model': name, 'base_gmacs': table.dense() / 1e9}
     functions: dict[str, Callable[[], Callable[[], Any]]] = {}
 
-    def add(variant: str, network: nn.Module, tune: bool = True) -> None:
+    def add(variant: str, network: Any, tune: bool = True) -> None:
         memory_format = torch.preserve_format
         if tune:
             network, facts[f'{variant}_format'] = best_format(network, gates.images)
@@ -210,6 +226,12 @@ def build(
         add('thin_fused', deepmoe_plugin.sparsify(thin), tune=False)
     if 'base' in args.variants:
         add('base', folded(plain))
+    for variant, changes in (('thin', {'widen': factors}), ('wide', {})) if args.engines else ():
+        dense = folded(timm.create_model(name, gated=False, **dict(structure, **changes)).to(dtype))
+        for engine in args.engines:
+            found = on_engine(engine, dense, gates.images, BY_ENGINE[f'{variant}_{engine}'])
+            if found is not None:
+                add(f'{variant}_{engine}', found, tune=False)
     return functions, gates, facts
 
 
@@ -240,6 +262,16 @@ def run(args: argparse.Namespace, kept: float | None) -> dict[str, Any]:
     ):
         if of in times and by in times:
             row[name] = statistics.median(a / b for a, b in zip(times[of], times[by], strict=True))
+    if args.engines and 'sparse' in times:
+        for name, candidates in (
+            ('speedup_best', ['masked', *(f'wide_{engine}' for engine in ENGINES)]),
+            ('efficiency_best', ['thin', *(f'thin_{engine}' for engine in ENGINES)]),
+        ):
+            timed = [candidate for candidate in candidates if candidate in times]
+            if timed:
+                best = min(timed, key=lambda candidate: statistics.median(times[candidate]))
+                row[name] = statistics.median(a / b for a, b in zip(times[best], times['sparse'], strict=True))
+                row[f'{name}_engine'] = best
     return row | facts
 
 
@@ -249,16 +281,19 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         setting = ', '.join(f'{key} {row[key]}' for key in ('size', 'batch', 'dtype', 'threads'))
         setting += f', kept {row["kept"]:.3g}'
         print(f'\n{row["model"]}: {setting}')
-        for name, label in VARIANTS.items():
+        for name, label in {**VARIANTS, **BY_ENGINE}.items():
             if f'{name}_ms' in row:
                 print(f'  {label:26}{row[f"{name}_ms"]:10.2f} ms')
         for name, label in (
             ('speedup', 'speed-up over masked'),
             ('efficiency', 'efficiency (thin / sparse)'),
             ('efficiency_fused', 'the same, thin fused'),
+            ('speedup_best', 'speed-up over best dense'),
+            ('efficiency_best', 'efficiency, best thin'),
         ):
             if name in row:
-                print(f'  {label:26}{row[name]:10.3f}')
+                against = f'  ({row[f"{name}_engine"]})' if f'{name}_engine' in row else ''
+                print(f'  {label:26}{row[name]:10.3f}{against}')
     if args.out is None:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -296,7 +331,7 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         print('No plot: matplotlib is not installed.')
         return
     figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
-    for name, label in VARIANTS.items():
+    for name, label in {**VARIANTS, **BY_ENGINE}.items():
         points = [(row.get('thin_gmacs', row['kept']), row[f'{name}_ms']) for row in rows if f'{name}_ms' in row]
         if points:
             axes.plot(*zip(*sorted(points), strict=True), marker='o', label=label)
@@ -321,7 +356,10 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     )
     parser.add_argument('--images', help='folder of images (any depth) whose gates to use; needs --checkpoint')
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument('--calibrate', action='store_true', help='let sparsify time both ways of every layer first')
+    parser.add_argument(
+        '--engines', nargs='+', choices=ENGINES, default=[], help='also time the dense networks on these'
+    )
+    parser.add_argument('--calibrate', action='store_true', help='let sparsify time both ways first')
     parser.add_argument('--repeats', type=int, default=15)
     parser.add_argument('--warmup', type=int, default=3)
     parser.add_argument('--clock', choices=('wall', 'cpu'), default='wall', help='cpu: time of all threads together')

@@ -75,6 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
         '--distill', type=float, default=0.5, help="weight of the teacher's logits, from 0 to 1 (default: %(default)s)"
     )
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
+    parser.add_argument('--channels-last', action='store_true', help='memory format of the networks')
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
     parser.add_argument('--output', type=Path, default=Path('output/compress'), help='folder (default: %(default)s)')
     parser.add_argument('--resume', action='store_true', help='go on from last.pth of the output folder')
@@ -257,7 +258,9 @@ def _checkpoint(args: argparse.Namespace, name: str) -> Path:
 def train(name: str, model: nn.Module, teacher: nn.Module, loader: DataLoader, args: argparse.Namespace) -> None:
     """Train with timm's distillation task, whose loss gets the terms of gated networks; saved after each epoch."""
     device = torch.device(args.device)
-    teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=memory_format)
+    model.to(memory_format=memory_format)
     task = LogitDistillationTask(
         model,
         teacher,
@@ -281,9 +284,13 @@ def train(name: str, model: nn.Module, teacher: nn.Module, loader: DataLoader, a
     for epoch in range(start, args.epochs):
         random_seed(args.seed, rank=epoch)  # a resumed epoch draws what an uninterrupted run would
         model.train()
-        if isinstance(model, DeepMoE) and epoch >= frozen_from and not model.gating.frozen:
-            calibrate(model, loader)
-            freeze_gating(model)
+        if isinstance(model, DeepMoE):
+            # The embedding has learnt which images use what; from the task it would learn to hand over the class.
+            model.gating.embedding.eval().requires_grad_(False)
+            if epoch == frozen_from:
+                calibrate(model, loader)
+            if epoch >= frozen_from:
+                freeze_gating(model)
         meter = AverageMeter()
         progress = tqdm(loader, desc=f'{name}: epoch {epoch + 1}/{args.epochs}', ncols=110)
         for step, (images, labels) in enumerate(progress):
@@ -291,7 +298,7 @@ def train(name: str, model: nn.Module, teacher: nn.Module, loader: DataLoader, a
             for group in optimizer.param_groups:
                 group['lr'] = args.lr * group.get('lr_scale', 1) * (0.5 + 0.5 * math.cos(math.pi * part))
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                result = task(images.to(device), labels.to(device))
+                result = task(images.to(device, memory_format=memory_format), labels.to(device))
             optimizer.zero_grad()
             result['loss'].backward()
             optimizer.step()

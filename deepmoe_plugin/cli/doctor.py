@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .. import __version__
-from ..sparse import build, program, ragged
+from ..sparse import build, ragged
 from .configs import configs_folder, shipped_configs
 
 # Distributions by what they are needed for; of several names the installed one counts.
@@ -23,7 +23,7 @@ DISTRIBUTIONS = {
     'export': (('onnx',), ('onnxruntime',), ('onnxscript',)),
     'GPU': (('triton',),),
 }
-FEATURES = ('avx', 'avx2', 'fma', 'avx512f', 'avx512_bf16', 'avx512_fp16', 'amx_tile', 'amx_bf16', 'asimd', 'bf16')
+FEATURES = ('sse4_2', 'avx', 'avx2', 'fma', 'avx512f', 'avx512_bf16', 'amx_tile', 'amx_bf16', 'asimd', 'bf16')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +60,7 @@ def _version(names: Sequence[str]) -> str:
 def processor() -> Iterator[str]:
     """Kind, cores, threads and features of the processor, and the variables that bound them; then the GPUs."""
     yield f'{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch'
-    known = build.processor().split()
+    known = build.features()
     yield 'features: ' + (' '.join(name for name in FEATURES if name in known) or 'unknown')
     for name in ('OMP_NUM_THREADS', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA'):
         if name in os.environ:
@@ -71,12 +71,14 @@ def processor() -> Iterator[str]:
 
 def sparse_execution() -> Iterator[str]:
     """What runs the convolutions of `deepmoe_plugin.sparsify`, by device and type, and why nothing faster does."""
-    for dtype in program.DTYPES:
-        name = str(dtype).removeprefix('torch.')
-        if program.available(torch.zeros(1, 1, 1, 1, dtype=dtype)):
-            yield f'CPU, {name}: the native program, built by {build.compiler()}'
-        else:
-            yield f"CPU, {name}: torch's convolutions on gathered weights; no native program: {_why_no_program()}"
+    reason = build.missing()
+    if reason:
+        yield f"CPU: torch's convolutions on gathered weights; no native program: {reason}"
+    else:
+        yield f'CPU, float32 and bfloat16: native program, built by {build.compiler()} in {build.cache_folder()}'
+        if 'avx512f' not in build.features():
+            yield 'CPU: without AVX-512 the native program runs right, how fast has not been measured'
+        yield "CPU, other types: torch's convolutions on gathered weights"
     if not torch.cuda.is_available():
         yield 'GPU: none that this torch can use'
         return
@@ -85,11 +87,3 @@ def sparse_execution() -> Iterator[str]:
         yield 'GPU: ragged kernels for batches of different images'
     else:
         yield "GPU: torch's convolutions on gathered weights, image by image; no ragged kernels: Triton does not work"
-
-
-def _why_no_program() -> str:
-    if build.openmp() is None:
-        return "torch does not run on GNU's OpenMP"
-    if build.compiler() is None:
-        return 'there is no C++ compiler: install g++ or clang++, or set CXX'
-    return f'{build.compiler()} does not build it, as the warning says'

@@ -35,27 +35,37 @@ def compiler() -> str | None:
     return next((path for name in (named, 'g++', 'clang++') if name and (path := shutil.which(name))), None)
 
 
-@functools.cache
 def library() -> Any:
     """The native program; None where it cannot be built or run, which is said once."""
+    return _found()[0]
+
+
+def missing() -> str:
+    """What keeps the native program from running here; '' if nothing does."""
+    return _found()[1]
+
+
+@functools.cache
+def _found() -> tuple[Any, str]:
+    command, reason = compiler(), ''
     if openmp() is None:
-        _logger.warning('Sparse execution is slower: torch does not run on the OpenMP library of GNU here.')
-        return None
-    command = compiler()
-    if command is None:
-        _logger.warning('Sparse execution is slower: there is no C++ compiler (g++, clang++, or what CXX names).')
-        return None
-    try:
-        return ctypes.CDLL(str(_built(command, (*FLAGS, '-DCHECKED') if os.environ.get(CHECKED) else FLAGS)))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, 'stderr', None) or error
-        _logger.warning('Sparse execution is slower: %s does not build it: %s', command, reason)
-        return None
+        reason = 'torch does not run on the OpenMP library of GNU here'
+    elif command is None:
+        reason = 'there is no C++ compiler (g++, clang++, or what CXX names)'
+    else:
+        flags = (*FLAGS, '-DCHECKED') if os.environ.get(CHECKED) else FLAGS
+        try:
+            return ctypes.CDLL(str(_built(command, flags))), ''
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = f'{command} does not build it: {getattr(error, "stderr", None) or error}'
+    _logger.warning('Sparse execution on the CPU runs by torch, which is slower: %s.', reason)
+    return None, reason
 
 
 def _built(command: str, flags: tuple[str, ...]) -> Path:
     """The library, from the cache folder or built anew; written aside first, as other processes may build it too."""
-    facts = [SOURCE.read_text(), command, *flags, processor()]
+    # A home folder may be shared by different machines.
+    facts = [SOURCE.read_text(), command, *flags, platform.machine(), *features()]
     facts.append(subprocess.run([command, '--version'], capture_output=True, text=True, check=True).stdout)
     name = hashlib.sha256('\n'.join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / f'program-{name}.so'
@@ -68,13 +78,15 @@ def _built(command: str, flags: tuple[str, ...]) -> Path:
     return path
 
 
-def processor() -> str:
-    """What the processor can do, as the system words it: a home folder may be shared by different machines."""
+@functools.cache
+def features() -> tuple[str, ...]:
+    """What the processor can do, in the words of Linux; empty where it does not say."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(('flags', 'Features'))), platform.machine())
+        return ()
+    line = next((line for line in lines if line.startswith(('flags', 'Features'))), '')
+    return tuple(line.partition(':')[2].split())
 
 
 @functools.cache

@@ -116,6 +116,7 @@ struct Program {
     int64_t num_threads;
     int64_t is_bfloat16;
     int (*thread_number)();
+    int (*thread_count)();        // OpenMP may give fewer threads than it was asked for
     std::atomic<int64_t> arrived, round;  // barrier of all threads
     std::atomic<int64_t> tickets[4];
 };
@@ -745,7 +746,9 @@ static void run_part(Team team, const Part& part, int64_t first_group, int64_t b
 
 template <class Number>
 static void run_program(Program& program) {
-    const int64_t threads = program.num_threads, member = threads > 1 ? program.thread_number() : 0;
+    const bool asks = program.num_threads > 1;
+    const int64_t threads = asks ? program.thread_count() : 1, member = asks ? program.thread_number() : 0;
+    CHECK(threads <= program.num_threads);
     // All threads share the first two rooms when they work together; each has one of its own when it works alone.
     Team all = {program, threads, member, 0, {program.rooms, program.rooms + program.room_bytes}};
     Team alone = {program, 1, 0, 0, {program.rooms + member * program.room_bytes, program.rooms + member * program.room_bytes}};

@@ -68,7 +68,8 @@ class _Header(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ('images', 'layer_starts', 'num_layers', 'gates', 'source')),
         ('source_strides', ctypes.c_int64 * 4),
         *((name, ctypes.c_int64) for name in ('rooms', 'room_bytes', 'pack_bytes')),
-        *((name, ctypes.c_int64) for name in ('num_threads', 'is_bfloat16', 'thread_number', 'arrived', 'round')),
+        *((name, ctypes.c_int64) for name in ('num_threads', 'is_bfloat16', 'thread_number', 'thread_count')),
+        *((name, ctypes.c_int64) for name in ('arrived', 'round')),
         ('tickets', ctypes.c_int64 * 4),
     ]
 
@@ -570,6 +571,7 @@ def _run(library: Any, header: _Header) -> None:
     """Run the native program on torch's threads."""
     openmp = build.openmp()
     header.thread_number = build.address_of(openmp.omp_get_thread_num)
+    header.thread_count = build.address_of(openmp.omp_get_num_threads)
     if header.num_threads == 1:
         library.deepmoe_run(ctypes.byref(header))
     else:
