@@ -73,7 +73,8 @@ def find_threshold(preact: Tensor, cost: Cost, goal: Tensor | float) -> Tensor:
         middle = (low + high) / 2
         too_much = _average(cost(preact > middle)) > goal
         low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
-    return torch.where(_average(cost(preact > 0)) > goal, high, 0)
+    # Where gates are equal, as in a new network, no threshold spends the goal: the lower side keeps them all.
+    return torch.where(_average(cost(preact > 0)) > goal, low, 0)
 
 
 def _average(values: Tensor) -> Tensor:
