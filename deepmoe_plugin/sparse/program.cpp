@@ -5,8 +5,8 @@
 // together. They meet only where one needs what another wrote.
 //
 // All numbers that products are made of are units of 32 bits: one channel in float32, two neighbours in bfloat16. Plain
-// vector types of GCC and Clang are used, so that the code runs wherever they do; AVX-512 has shorter ways here and there. One file, so that one call of a compiler
-// builds it.
+// vector types of GCC and Clang are used, so that the code runs wherever they do; AVX-512 has shorter ways here and
+// there. One file, so that one call of a compiler builds it.
 
 #include <algorithm>
 #include <atomic>
