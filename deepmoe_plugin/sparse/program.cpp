@@ -5,7 +5,8 @@
 // together. They meet only where one needs what another wrote.
 //
 // All numbers that products are made of are units of 32 bits: one channel in float32, two neighbours in bfloat16. Plain
-// vector types of GCC and Clang are used, so that the code runs wherever they do; AVX-512 has shorter ways here and there.
+// vector types of GCC and Clang are used, so that the code runs wherever they do; AVX-512 has shorter ways here and there. One file, so that one call of a compiler
+// builds it.
 
 #include <algorithm>
 #include <atomic>
@@ -326,7 +327,7 @@ struct Convolution {
         in_units = ceil_divide(in_count, Number::PAIR) * op.span;
         weight_rows = ceil_divide(input.channels, Number::PAIR) * op.span;
         pixels = output.height * output.width;
-        runs = ceil_divide(pixels, RUN);
+        runs = ceil_divide(group.count * pixels, RUN);
         blocks = ceil_divide(out_count, BLOCK);
         const bool some_in = reads && reads->count < input.channels;
         gathers = (writes && writes->count < output.channels) || (some_in && Number::PAIR > 1);
@@ -464,32 +465,33 @@ struct Convolution {
 
     // --------------------------------------------------------------------------------------- convolution
 
-    int64_t run_items() const { return group.count * runs * blocks; }
+    int64_t run_items() const { return runs * blocks; }
 
-    // Compute one block of outputs of a few pixels of one image.
+    // Compute one block of outputs of a few pixels, those of all images counted through.
     void run(int64_t item) const {
         // Block by block, so that weights stay in the cache; or if inputs are larger, as many pixels at a time as stay
         // there with their inputs.
-        const int64_t all_runs = group.count * runs;
-        int64_t together = all_runs;
-        const int64_t in_bytes = input.height * input.width * in_pitch;
-        if (group.count * in_bytes > blocks * BLOCK * taps * in_units * 4)
-            together = std::max<int64_t>(1, CACHED * runs / std::max<int64_t>(in_bytes, 1));
+        int64_t together = runs;
+        const int64_t in_bytes = group.count * input.height * input.width * in_pitch;
+        if (in_bytes > blocks * BLOCK * taps * in_units * 4) together = std::max<int64_t>(1, CACHED * runs / in_bytes);
         const int64_t first = item / (blocks * together) * together;
-        const int64_t members = std::min(together, all_runs - first);
+        const int64_t members = std::min(together, runs - first);
         const int64_t block = (item - first * blocks) / members;
         const int64_t run = first + (item - first * blocks) % members;
-        const int64_t image = program.images[group.first + run / runs];
-        const int64_t begin = run % runs * RUN, end = std::min(begin + RUN, pixels);
+        const int64_t begin = run * RUN, end = std::min(begin + RUN, group.count * pixels);
+        const int64_t first_image = begin / pixels;
         const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
         const int64_t vectors = ceil_divide(count, LANES);
 
-        alignas(64) float bias[BLOCK] = {}, gate[BLOCK] = {};
-        const float* gates = program.gates + image * program.layer_starts[program.num_layers];
-        for (int64_t k = 0; k < count; ++k) {
-            const int64_t channel = writes ? writes->index[block * BLOCK + k] : block * BLOCK + k;
-            bias[k] = op.bias[channel];
-            if (writes) gate[k] = gates[program.layer_starts[output.layer] + channel];
+        alignas(64) float bias[BLOCK] = {}, gates[RUN + 1][BLOCK];
+        for (int64_t k = 0; k < count; ++k)
+            bias[k] = op.bias[writes ? writes->index[block * BLOCK + k] : block * BLOCK + k];
+        for (int64_t i = first_image; writes && i <= (end - 1) / pixels; ++i) {
+            const float* all = program.gates + program.images[group.first + i] * program.layer_starts[program.num_layers] +
+                               program.layer_starts[output.layer];
+            float* gate = gates[i - first_image];
+            for (int64_t k = 0; k < count; ++k) gate[k] = all[writes->index[block * BLOCK + k]];
+            std::fill(gate + count, gate + BLOCK, 0.0f);
         }
         const char* weight = (gathers ? pack : op.weight) + block * taps * (gathers ? in_units : weight_rows) * BLOCK * 4;
         for (int64_t v = 0; v < vectors; v += MAX_VECTORS) {
@@ -498,8 +500,8 @@ struct Convolution {
             for (int64_t t = 0; t < tiles; ++t) {
                 const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
                 const int64_t channel = block * BLOCK + v * LANES;
-                dispatch<MAX_VECTORS, 1>(now, to - from, image, from, weight + v * LANES * 4, bias + v * LANES,
-                                         gate + v * LANES, channel, std::min(out_count - channel, now * LANES));
+                dispatch<MAX_VECTORS, 1>(now, to - from, from, first_image, weight + v * LANES * 4, bias + v * LANES,
+                                         &gates[0][v * LANES], channel, std::min(out_count - channel, now * LANES));
             }
         }
     }
@@ -518,13 +520,18 @@ struct Convolution {
 
     // P pixels by V vectors of outputs: sums stay in registers until they are written.
     template <int V, int P, bool PICKS>
-    __attribute__((noinline)) void tile(int64_t image, int64_t from, const char* weight, const float* bias, const float* gate, int64_t channel,
+    __attribute__((noinline)) void tile(int64_t from, int64_t first_image, const char* weight, const float* bias, const float* gates, int64_t channel,
               int64_t count) const {
-        const char* base = input.data + image * input.image_bytes;
-        int64_t rows[P], columns[P];
+        int64_t rows[P], columns[P], places[P], numbers[P];  // of each pixel; its image, its number in that
+        const char* bases[P];
         for (int p = 0; p < P; ++p) {
-            rows[p] = (from + p) / output.width * op.stride_height - op.pad_height;
-            columns[p] = (from + p) % output.width * op.stride_width - op.pad_width;
+            const int64_t turn = (from + p) / pixels, image = program.images[group.first + turn];
+            const int64_t pixel = from + p - turn * pixels;
+            rows[p] = pixel / output.width * op.stride_height - op.pad_height;
+            columns[p] = pixel % output.width * op.stride_width - op.pad_width;
+            bases[p] = input.data + image * input.image_bytes;
+            places[p] = image;
+            numbers[p] = pixel;
         }
         Vector sums[P][V];
 #pragma GCC unroll 8
@@ -541,9 +548,9 @@ struct Convolution {
                     const int64_t row = rows[p] + down * op.dilation_height;
                     const int64_t column = columns[p] + across * op.dilation_width;
                     const bool inside = (uint64_t)row < (uint64_t)input.height && (uint64_t)column < (uint64_t)input.width;
-                    x[p] = (const uint32_t*)(inside ? base + (row * input.width + column) * in_pitch : zeros);
+                    x[p] = (const uint32_t*)(inside ? bases[p] + (row * input.width + column) * in_pitch : zeros);
                     any |= inside;
-                    CHECK(!inside || (const char*)x[p] + in_units * 4 <= base + input.image_bytes + 64);
+                    CHECK(!inside || (const char*)x[p] + in_units * 4 <= bases[p] + input.image_bytes + 64);
                     CHECK(in_units * 4 <= (int64_t)sizeof(zeros));
                 }
                 if (!any) continue;
@@ -561,10 +568,13 @@ struct Convolution {
                     }
                 }
             }
-        const int64_t offset = image * output.image_bytes + from * out_pitch + channel * Number::SIZE;
-        const int64_t shift = residual ? image * residual->image_bytes + from * out_pitch + channel * Number::SIZE : 0;
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) finish<V>(sums[p], bias, gate, offset + p * out_pitch, shift + p * out_pitch, count);
+        for (int p = 0; p < P; ++p) {
+            const int64_t inside = numbers[p] * out_pitch + channel * Number::SIZE;
+            const float* gate = gates + ((from + p) / pixels - first_image) * BLOCK;
+            finish<V>(sums[p], bias, gate, places[p] * output.image_bytes + inside,
+                      residual ? places[p] * residual->image_bytes + inside : 0, count);
+        }
     }
 
     // Bias, residual sum, activation, gate.

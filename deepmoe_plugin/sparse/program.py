@@ -3,6 +3,8 @@
 `Program` holds the weights; for each shape of images it makes a `Schedule` once: where values lie, which operations
 groups of images run through without meeting the others, and what runs by torch in between. For a batch, only masks,
 gates and addresses are filled in; one native call then runs all operations up to the next that torch runs.
+
+Longer than other files: records, schedule and groups are one description, that of the native code's memory.
 """
 
 import ctypes
