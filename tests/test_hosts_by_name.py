@@ -44,7 +44,7 @@ def test_the_last_parameters_are_the_classifiers(structure):
     base = [name for name, _ in model.named_parameters() if not name.startswith('gating.')]
     assert base == [name for name, _ in twin.named_parameters()]
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    assert first is next(module for name, module in model.named_modules() if name in ('conv1', 'features.0'))
+    assert first is next(module for name, module in model.named_modules() if name in ('conv1', 'features.0', 'stem.0'))
 
 
 def groups(model: nn.Module, made) -> dict[str, tuple[float, float]]:

@@ -484,8 +484,8 @@ def test_layer_wise_learning_rates_are_those_of_mmpretrains_convnext(decay_type)
         ),
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = {names[id(p)].removeprefix('backbone.'): g for g in wrapper.param_groups for p in g['params']}
-    assert len(groups) == len(names) == sum(len(group['params']) for group in wrapper.param_groups)
+    groups = {names[id(p)].removeprefix('backbone.'): g for g in wrapper.optimizer.param_groups for p in g['params']}
+    assert len(groups) == len(names) == sum(len(group['params']) for group in wrapper.optimizer.param_groups)
     stage_wise = decay_type == 'stage_wise'
     depths = {
         'stem.0.weight': 0,

@@ -117,9 +117,9 @@ def test_convolutions(
     x = torch.randn(batch, channels[0], *size).to(dtype)
     operations = [
         Convolve(['x'], 'shortcut', conv=shortcut),
-        Convolve(['x'], 'a', 0, conv=first, relu=True),
-        Convolve(['a'], 'b', 1, conv=second, relu=True),
-        Convolve(['b'], 'c', conv=third, residual='shortcut', relu=True),
+        Convolve(['x'], 'a', 0, conv=first, activation='relu'),
+        Convolve(['a'], 'b', 1, conv=second, activation='relu'),
+        Convolve(['b'], 'c', conv=third, residual='shortcut', activation='relu'),
     ]
     given = x.double().numpy()
     a = np.maximum(convolution(given, *arrays(first), first), 0) * gates[0].double().numpy()[:, :, None, None]
@@ -216,7 +216,7 @@ def test_nan_goes_through(dtype: torch.dtype) -> None:
     conv = random_conv(16, 70, dtype, **GEOMETRIES['1x1'])
     x = torch.randn(1, 16, 2, 2).to(dtype)
     x[0, 3, 0, 1] = torch.nan
-    y = run([Convolve(['x'], 'y', conv=conv, relu=True)], x, [], 'y')
+    y = run([Convolve(['x'], 'y', conv=conv, activation='relu')], x, [], 'y')
     assert np.isnan(y).any(1).tolist() == [[[False, True], [False, False]]]
     assert np.isnan(y[0, :, 0, 1]).all()
 

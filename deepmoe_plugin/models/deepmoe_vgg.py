@@ -131,7 +131,7 @@ def _create_vgg(variant: str, pretrained: bool = False, gated: bool = True, **kw
         DeepMoEVGG if gated else WideVGG,
         variant,
         pretrained,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4, 5), feature_cls='getter'),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4, 5), feature_cls='getter', flatten_sequential=True),
         **kwargs,
     )
 
