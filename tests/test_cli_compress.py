@@ -68,7 +68,7 @@ def test_resumed_run_ends_as_one_that_was_not_interrupted(folder, tmp_path, monk
 
 
 def test_baseline_trains_as_long(folder, tmp_path):
-    rows = run(folder, tmp_path, '--baselines', 'dense')['results']
+    rows = run(folder, tmp_path, '--baselines', 'dense', '--channels-last', '--amp')['results']
     assert [row['name'] for row in rows] == ['dense', 'dense, 2 epochs', 'gated, 2 epochs']
     assert rows[0]['gmacs'] == rows[1]['gmacs']
 

@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         model = {'dense': _copy, 'torch-pruning': budget.prune, 'gated': budget.gate}[name](dense)
         train(name, model, dense, loader, args)
         rows.append(judge(f'{name}, {args.epochs} epochs', model, images.loader))
-    save_file(model.state_dict(), args.output / 'compressed.safetensors')
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, args.output / 'compressed.safetensors')
     arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
     summary = {'network': gated_name, 'model_kwargs': arguments, 'macs': args.macs, 'results': rows}
     (args.output / 'results.json').write_text(json.dumps(summary, indent=2) + '\n')
