@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             settings['pretrained'] = True
         dense = _trained(settings, args)
         loader = training_loader(args, settings)
+        plain = training_loader(args, settings, augment=False)
         budget = Budget(args, dense, gated_name, settings)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name in [*args.baselines, 'gated']:
         random_seed(args.seed)
         model = {'dense': _copy, 'torch-pruning': budget.prune, 'gated': budget.gate}[name](dense)
-        train(name, model, dense, loader, args)
+        train(name, model, dense, loader, plain, args)
         rows.append(judge(f'{name}, {args.epochs} epochs', model, images.loader))
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, args.output / 'compressed.safetensors')
@@ -157,8 +158,8 @@ def _copy(dense: nn.Module) -> nn.Module:
     return copy.deepcopy(dense)
 
 
-def training_loader(args: argparse.Namespace, settings: dict[str, Any]) -> DataLoader:
-    """The training images, cut, shifted and mirrored at random."""
+def training_loader(args: argparse.Namespace, settings: dict[str, Any], augment: bool = True) -> DataLoader:
+    """The training images, shuffled; cut, shifted and mirrored at random, or as they are tested."""
     config = data_config(settings)
     dataset = create_dataset_of(args.data_dir, config, {**settings, 'val_split': 'train'})
     small = max(config['input_size'][1:]) <= SMALL
@@ -256,8 +257,15 @@ def _checkpoint(args: argparse.Namespace, name: str) -> Path:
     return args.output / name / 'last.pth'
 
 
-def train(name: str, model: nn.Module, teacher: nn.Module, loader: DataLoader, args: argparse.Namespace) -> None:
-    """Train with timm's distillation task, whose loss gets the terms of gated networks; saved after each epoch."""
+def train(
+    name: str, model: nn.Module, teacher: nn.Module, loader: DataLoader, plain: DataLoader, args: argparse.Namespace
+) -> None:
+    """Train with timm's distillation task, whose loss gets the terms of gated networks; saved after each epoch.
+
+    Args:
+        loader: training images.
+        plain: training images as they are tested, which the last threshold is set on.
+    """
     device = torch.device(args.device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     teacher = copy.deepcopy(teacher).eval().requires_grad_(False).to(memory_format=memory_format)
@@ -289,7 +297,7 @@ def train(name: str, model: nn.Module, teacher: nn.Module, loader: DataLoader, a
             # The embedding has learnt which images use what; from the task it would learn to hand over the class.
             model.gating.embedding.eval().requires_grad_(False)
             if epoch == frozen_from:
-                calibrate(model, loader)
+                calibrate(model, plain)
             if epoch >= frozen_from:
                 freeze_gating(model)
         meter = AverageMeter()
@@ -311,7 +319,7 @@ def train(name: str, model: nn.Module, teacher: nn.Module, loader: DataLoader, a
 
 
 def calibrate(model: DeepMoE, loader: DataLoader) -> None:
-    """Set the threshold once more, on more images than one batch."""
+    """Set the threshold once more, on more images than one batch, and on images as they are tested."""
     budget = model.gating.budget
     assert budget is not None
     batches = [images for _, (images, _) in zip(range(CALIBRATION_BATCHES), loader, strict=False)]
