@@ -269,7 +269,7 @@ def test_config_in_pure_python(run: Run, scenes: Path, tmp_path: Path, capsys: p
     assert 'csCreateTrainIdLabelImgs' in message
     run('train.py', pure(tmp_path, scenes), '--work-dir', tmp_path / 'work')
     state = torch.load(tmp_path / 'work/iter_1.pth', weights_only=False)['state_dict']
-    assert 'backbone.gating.heads.weight' in state
+    assert 'backbone.gating.gates.weight' in state
 
 
 @pytest.mark.parametrize(
