@@ -6,9 +6,11 @@ whatever else a user has put there: subclasses, parametrisations, adapters, hook
 
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+# Also what mmengine makes of SyncBatchNorm on one device: a batch norm that only checks its input less.
+BATCH_NORMS = (nn.SyncBatchNorm, _BatchNorm, FrozenBatchNorm2d)
 REMEDY = 'merge it into a plain one, or remove it'
 
 _CALLED = ('__call__', 'forward', '_conv_forward')

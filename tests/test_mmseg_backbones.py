@@ -277,7 +277,7 @@ def test_frozen_stages(name, frozen_stages):
     backbone = randomise(build(name, frozen_stages=frozen_stages))
     changed = moved(backbone)
     frozen = {key for key in base_keys(backbone) if key.startswith(FROZEN[name][frozen_stages])}
-    assert changed == set(backbone.state_dict()) - frozen
+    assert changed == set(backbone.state_dict()) - frozen - {'gating.gates.threshold'}  # moves towards a target only
 
 
 def test_frozen_stages_up_to_the_last_freeze_the_base_and_not_the_gates():
@@ -671,7 +671,8 @@ def test_losses_on_the_latent_mixture(name):
     features = backbone(images(size=64))
     terms = gating_terms(backbone, loss=list(features))
     assert terms.keys() == {
-        *('loss_gate', 'loss_importance', 'loss_similarity', 'kept_experts', 'gate_entropy', 'use_entropy')
+        *('loss_gate', 'loss_importance', 'loss_similarity', 'kept_experts', 'dynamic_experts'),
+        *('gate_entropy', 'use_entropy'),
     }
     (terms['loss_importance'] + terms['loss_similarity']).backward()
     assert backbone.gating.embedding.mixture.weight.grad.isfinite().all()

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from benchmark import SyntheticGates, measure
 from torch import Tensor, nn
 
 import deepmoe_plugin
+from deepmoe_plugin.cli.benchmark import SyntheticGates, measure
 from deepmoe_plugin.experts import expert_widths
 from deepmoe_plugin.sparse import build
 

@@ -3,6 +3,7 @@
 Each line of the page is checked: by a function here, which fails where the page says otherwise, or by the test named.
 """
 
+import copy
 import io
 import re
 from collections.abc import Callable
@@ -132,7 +133,7 @@ def fx() -> None:
 
     model = network()
     same(torch.fx.symbolic_trace(model)(images()), model(images()))
-    same(prepare_fx(network(), get_default_qconfig_mapping(), (images(),))(images()), model(images()))
+    same(prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping(), (images(),))(images()), model(images()))
 
 
 def transforms() -> None:

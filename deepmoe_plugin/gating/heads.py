@@ -42,7 +42,7 @@ class GateHeads(nn.Module):
         spread = torch.cat([spread, -spread, spread.new_zeros(len(spread), num_latent_experts % 2)], dim=1)
         spread = spread.gather(1, torch.rand_like(spread).argsort(dim=1))
         self.weight = nn.Parameter((1 + spread).to(dtype or torch.get_default_dtype()))
-        self.register_buffer('threshold', torch.zeros((), device=device))
+        self.register_buffer('threshold', torch.zeros((), device=device, dtype=self.weight.dtype))
         _instances.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
