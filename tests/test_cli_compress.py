@@ -73,6 +73,18 @@ def test_baseline_trains_as_long(folder, tmp_path):
     assert rows[0]['gmacs'] == rows[1]['gmacs']
 
 
+def test_the_last_threshold_is_set_on_images_as_they_are_tested(folder):
+    """Crops that are scaled up are blurred, and gates see that."""
+    _, args = compress.parse_args(['resnet20_cifar', '--data-dir', str(folder / 'data'), *ARGS])
+    settings = compress.read_settings('resnet20_cifar', args)
+    kinds = [
+        {type(step).__name__ for step in compress.training_loader(args, settings, augment).dataset.transform.transforms}
+        for augment in (True, False)
+    ]
+    assert 'RandomResizedCropAndInterpolation' in kinds[0]
+    assert not any('Random' in kind for kind in kinds[1])
+
+
 @pytest.mark.parametrize(
     ('name', 'gated'),
     [

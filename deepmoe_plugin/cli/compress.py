@@ -170,6 +170,7 @@ def training_loader(args: argparse.Namespace, settings: dict[str, Any], augment:
         dataset,
         batch_size=args.batch_size,
         is_training=True,
+        no_aug=not augment,
         use_prefetcher=False,
         num_workers=args.workers,
         interpolation=config['interpolation'],
