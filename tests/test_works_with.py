@@ -198,6 +198,29 @@ def averaged() -> None:
     same(average.module.gating.gates.weight, model.gating.gates.weight)
 
 
+class Predicted(torch.utils.data.Dataset):
+    """Each item is what a network says of an image: a worker runs it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return 1
+
+    @torch.no_grad()
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.model(images(1))[0]
+
+
+def spawned_workers() -> None:
+    model = network()
+    expected = model(images(1))  # what the parent computes makes a forked worker hang
+    for runs in (model, deepmoe_plugin.sparsify(model)):
+        workers = dict(num_workers=1, multiprocessing_context='spawn', timeout=120)
+        (result,) = torch.utils.data.DataLoader(Predicted(runs), **workers)
+        same(result, expected)
+
+
 class Line(NamedTuple):
     """A line of the page.
 
@@ -264,6 +287,12 @@ LINES = (
         W,
         'DataParallel, AveragedModel, `torch.compile`: `count_macs`',
         'test_sparse_as_a_module.py::test_macs_are_those_of_the_network',
+    ),
+    Line(
+        W,
+        'Data loaders whose workers run a network: `spawn`',
+        spawned_workers,
+        note='forked workers hang, as with any network; see [workers](training.md#workers)',
     ),
     Line(W, '`torch.compile`', compiled),
     Line(
