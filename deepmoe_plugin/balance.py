@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_weight
+from .tracing import at_least_float32
 
 # Totals are whole numbers of 2**-24 examples: no cast of the model rounds them, and sums do not depend on their order.
 UNITS_PER_EXAMPLE = 2**24
@@ -47,7 +48,7 @@ class BalancedSoftmax(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         """Map logits (B, experts) to gates (B, experts) that sum to one, at least in float32."""
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        dtype = at_least_float32(logits)
         if self.training and self.margin is not None:
             closed = self._count(logits.detach(), self.margin)
             logits = logits.masked_fill(closed, -math.inf)

@@ -34,3 +34,8 @@ def is_transformed(x: Any) -> bool:
 def is_traced(x: Any) -> bool:
     """Whether a tracer or transform handles `x`, torch.compile included: then the plain formulas are used."""
     return torch.compiler.is_compiling() or is_transformed(x)
+
+
+def at_least_float32(x: Any) -> torch.dtype:
+    """The type that gates are computed in: float64 of float64 values, float32 of others and in a symbolic graph."""
+    return torch.float64 if not is_symbolic(x) and x.dtype == torch.float64 else torch.float32

@@ -429,6 +429,14 @@ def test_compiled_training_has_the_same_gradient(case: str) -> None:
 
 @torch.no_grad()
 @cases
+def test_symbolic_trace(case: str) -> None:
+    model = build(case).eval()
+    x, _ = batch_for(model)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@torch.no_grad()
+@cases
 def test_export_with_dynamic_batch(case: str) -> None:
     model = build(case).eval()
     x, _ = batch_for(model)

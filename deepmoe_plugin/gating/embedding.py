@@ -4,10 +4,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..tracing import is_symbolic
+from ..tracing import at_least_float32
 
 
 class ShallowEmbedding(nn.Module):
@@ -46,5 +45,4 @@ class ShallowEmbedding(nn.Module):
     def mix(self, features: Tensor) -> Tensor:
         """Map features to latent mixture weights (B, K)."""
         x = self.mixture(features)
-        is_double = not is_symbolic(x) and x.dtype == torch.float64
-        return x.softmax(dim=1, dtype=torch.float64 if is_double else torch.float32)
+        return x.softmax(dim=1, dtype=at_least_float32(x))

@@ -12,6 +12,7 @@ from ..arguments import check_whole
 from ..checkpoints import build_with_checks
 from ..mixture import Mixture, MixtureRecord, image_size, refuse_checkpointing, refuse_pooling
 from ..specialisation import SpecialisationConfig
+from ..tracing import at_least_float32
 from .registration import CIFAR, Network, register_networks
 
 Gate = Literal['softmax', 'attentive']
@@ -111,7 +112,7 @@ class AttentiveGate(Branch):
 
     def score(self, own: Tensor, hidden: Tensor) -> Tensor:
         """Map the hidden vectors of the gate (B, h) and of the experts (B, experts, h) to scores (B, experts)."""
-        return torch.einsum('bh,beh->be', self.query(own) / math.sqrt(own.shape[1]), self.key(hidden))
+        return torch.einsum('bh,beh->be', self.query(own) / math.sqrt(self.query.in_features), self.key(hidden))
 
 
 class SpecialisedMoE(Mixture):
@@ -205,7 +206,7 @@ class SpecialisedMoE(Mixture):
         starts = start_together(branches, x) if self.training else [branch.start(x) for branch in branches]
         own = [branch.trunk(start) for branch, start in zip(branches, starts, strict=True)]
         hidden = torch.stack(own[: len(self.experts)], 1)
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        dtype = at_least_float32(hidden)
         scores = hidden.new_zeros(x.shape[0], 1) if self.gate is None else self.gate.score(own[-1], hidden)
         return torch.cat([hidden.to(dtype), scores.softmax(1, dtype=dtype)[..., None]], 2)
 
@@ -276,7 +277,7 @@ def log_mixture(logits: Tensor, gates: Tensor) -> Tensor:
         logits: of each expert, shape (B, experts, classes).
         gates: p(e|x), shape (B, experts).
     """
-    smallest = torch.finfo(gates.dtype).tiny  # the gradient of the logarithm stays finite
+    smallest = torch.finfo(at_least_float32(gates)).tiny  # the gradient of the logarithm stays finite
     return (gates.clamp_min(smallest).log()[..., None] + logits.to(gates.dtype).log_softmax(2)).logsumexp(1)
 
 
