@@ -564,17 +564,19 @@ def test_quantization_observers_are_inserted():
 
 @pytest.mark.parametrize('structure', ['cifar', 'vgg_cifar', 'convnextv2'])
 def test_gradients_of_each_image_by_function_transforms(structure):
-    model, target = randomise(small(structure)).eval(), torch.tensor([1, 2])
+    # In double precision: one rounding more or less and a ReLU near zero has another gradient.
+    model, target = randomise(small(structure)).double().eval(), torch.tensor([1, 2])
+    x = images(dtype=torch.float64)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def loss(parameters, x, y):
         logits = torch.func.functional_call(model, parameters, (x[None],))
         return nn.functional.cross_entropy(logits, y[None])
 
-    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, images(), target)
-    nn.functional.cross_entropy(model(images()), target, reduction='sum').backward()
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, target)
+    nn.functional.cross_entropy(model(x), target, reduction='sum').backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(each[name].sum(0), parameter.grad, msg=name)
 
 
 def test_forward_mode_derivative():
