@@ -34,6 +34,7 @@ from ..budgets import set_budget
 from ..macs import GATING_GROUPS, macs_table
 from ..network import DeepMoE, freeze_gating
 from ..stats import gate_statistics
+from ..terms import term_sources
 from ..warm_start import warm_start
 from .evaluate import evaluate
 from .figures import draw_experts
@@ -45,6 +46,13 @@ BASELINES = ('dense', 'torch-pruning')
 _TWINS = {'wide_resnet50_2': 'wide_deepmoe_resnet50', 'wide_resnet101_2': 'wide_deepmoe_resnet101'}
 TEMPERATURE = 4.0
 CALIBRATION_BATCHES = 16
+SHARES = {
+    'kept_experts': 'kept experts (%)',
+    'dynamic_experts': 'dynamic (%)',
+    'embedding_right': 'embedding alone (%)',
+    'right_where_wrong': 'right where it is wrong (%)',
+}
+"""Columns of the table that hold fractions of a gated network."""
 SMALL = 64
 """Images up to this side are cut and shifted as CIFAR's usually are; larger ones as timm does it."""
 
@@ -316,6 +324,8 @@ def train(
             shown = {n: f'{result[n].item():.2f}' for n in ('kept_experts', 'dynamic_experts') if n in result}
             progress.set_postfix(loss=f'{meter.avg:.3f}', **shown)
         _save(path, model, optimizer, epoch + 1)
+    for source in term_sources(model):
+        source.finish_training()
     model.eval()
 
 
@@ -348,19 +358,19 @@ def judge(name: str, model: nn.Module, loader: DataLoader) -> dict[str, Any]:
         'gmacs': gmacs.mean().item(),
         'gmacs_std': gmacs.std(correction=0).item(),
     }
-    if isinstance(model, DeepMoE):
-        stats = gate_statistics(model, loader)
-        row |= {'kept_experts': stats.kept_experts, 'dynamic_experts': stats.dynamic_experts}
+    if result.handover is not None:
+        row |= {'kept_experts': result.experts.mean().item(), 'dynamic_experts': result.dynamic}
+        row |= result.handover._asdict() | result.mixtures[0]
     return row
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown."""
-    lines = ['| network | top-1 (%) | MMACs per image | kept experts (%) | dynamic (%) |', '|---|--:|--:|--:|--:|']
+    titles = ['network', 'top-1 (%)', 'MMACs per image', *SHARES.values()]
+    lines = [f'| {" | ".join(titles)} |', '|---|' + '--:|' * (len(titles) - 1)]
     for row in rows:
-        shares = [f'{100 * row[n]:.1f}' if n in row else '' for n in ('kept_experts', 'dynamic_experts')]
-        lines.append(
-            f'| {row["name"]} | {row["top1"]:.2f} | {1e3 * row["gmacs"]:.2f} ± {1e3 * row["gmacs_std"]:.2f} | '
-            f'{shares[0]} | {shares[1]} |'
-        )
+        shares = ['' if row.get(name) is None else f'{100 * row[name]:.1f}' for name in SHARES]
+        macs = f'{1e3 * row["gmacs"]:.2f} ± {1e3 * row["gmacs_std"]:.2f}'
+        cells = [row['name'], f'{row["top1"]:.2f}', macs, *shares]
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
