@@ -42,6 +42,23 @@ def draw_accuracy(points: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def draw_times(rows: Sequence[dict[str, Any]], accuracy: tuple[str, str]) -> Figure:
+    """Accuracy against the time of one image.
+
+    Args:
+        rows: one for each network, with `name`, `ms`, `engine` and the accuracy.
+        accuracy: its name in the rows, and what it is.
+    """
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout='constrained')
+    for i, row in enumerate(rows):
+        style = {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i % len(MARKERS)]}
+        axes.plot(row['ms'], row[accuracy[0]], linestyle='none', label=f'{row["name"]} ({row["engine"]})', **style)
+    axes.set(xlabel='time of one image (ms)', ylabel=accuracy[1], xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
 def draw_width(points: Sequence[dict[str, Any]]) -> Figure:
     """Accuracy and MACs against the width of the gated layers (Fig. 5); `points` as above, with `width`."""
     factor, unit = unit_of([point['gmacs'] for point in points])

@@ -57,14 +57,15 @@ class GateHeads(nn.Module):
         with torch.autocast(mixture.device.type, enabled=False):
             return F.linear(mixture, weight)
 
-    def cut(self, preact: Tensor, straight_through: bool = False) -> Tensor:
+    def cut(self, preact: Tensor, straight_through: bool = False, threshold: Tensor | None = None) -> Tensor:
         """Map `W e` to gates, both (B, N): zero where the expert is closed.
 
         Args:
             straight_through: a closed gate has the gradient of a kept one (ours), so that what an expert would do for
                 an image decides whether it opens again. By default it has none, as under a ReLU.
+            threshold: in place of the heads' own.
         """
-        kept = preact > self.threshold
+        kept = preact > (self.threshold if threshold is None else threshold)
         if straight_through:
             return preact - torch.where(kept, 0, preact).detach()
         return torch.where(kept, preact, 0)
