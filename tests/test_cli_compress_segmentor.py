@@ -109,7 +109,7 @@ def test_gates_start_from_the_dense_network_and_are_warm(config, dense, tmp_path
 
 
 def test_range_of_budgets(config, dense, tmp_path):
-    summary = run(config, dense, tmp_path, '--macs', 0.5, 0.8)
+    summary = run(config, dense, tmp_path, '--macs', 0.5, 0.8, '--resume')  # there is nothing yet
     before, *rows = summary['results']
     assert [row['name'].partition(', at ')[2] for row in rows] == ['0.8', '0.65', '0.5']
     spent = [row['gmacs'] / before['gmacs'] for row in rows]

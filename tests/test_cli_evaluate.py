@@ -118,7 +118,7 @@ def test_what_the_network_knows_beyond_its_embedding(summary, folder):
     x, labels, _, _ = reference(model, folder)
     with torch.no_grad():
         expected = measure_handover(model.gating, model.gating.embedding(x), model(x).argmax(1), labels)
-    assert result['handover'] == pytest.approx(expected._asdict(), rel=1e-6)
+    assert result['handover'] == pytest.approx(expected.numbers(), rel=1e-6)
     assert result['handover']['is_fitted']
     text = evaluate.format_summary(result)
     assert 'embedding alone (a linear read-out of its mixture): top-1' in text

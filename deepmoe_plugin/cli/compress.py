@@ -379,7 +379,7 @@ def judge(name: str, model: nn.Module, loader: DataLoader) -> dict[str, Any]:
     """One row of the table."""
     result = evaluate(model.eval(), loader)
     gmacs = result.macs.total.double() / 1e9
-    row = {
+    row: dict[str, Any] = {
         'name': name,
         'top1': 100 * (result.predicted == result.labels).double().mean().item(),
         'gmacs': gmacs.mean().item(),
@@ -387,5 +387,5 @@ def judge(name: str, model: nn.Module, loader: DataLoader) -> dict[str, Any]:
     }
     if result.handover is not None:
         row |= {'kept_experts': result.experts.mean().item(), 'dynamic_experts': result.dynamic}
-        row |= result.handover._asdict() | result.mixtures[0]
+        row |= result.handover.numbers() | result.mixtures[0]
     return row

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
 from timm.models import load_state_dict
@@ -137,14 +137,16 @@ class Segmentors:
         self.ramp = ramp
         self.gated.model.backbone.target_macs = target_of(self.targets)
         self.gated.custom_hooks = [*self.gated.custom_hooks, dict(type='deepmoe_plugin.DeepMoELossHook')]
-        if 0 < self.begin < length:
+        if self.begin < length:
             stage2 = dict(type='deepmoe_plugin.DeepMoEFinetuneHook', begin=self.begin, by_epoch=self.by_epoch)
             self.gated.custom_hooks.append(stage2)
 
-    def runner(self, config: Config, folder: Path) -> Runner:
+    def runner(self, config: Config, folder: Path, resume: bool = False) -> Runner:
         """A Runner in a folder of its own; several may be in one process."""
         config = copy.deepcopy(config)
         config.work_dir = str(folder)
+        # A Runner that finds nothing to resume looks again before it tests, and would load what training has saved.
+        config.resume = resume and find_latest_checkpoint(str(folder)) is not None
         config.experiment_name = f'{folder.name}_{next(_run_numbers)}'
         if config.get('visualizer'):  # one of the same name would be the one of the Runner before
             config.visualizer.name = config.experiment_name
@@ -161,9 +163,7 @@ class Segmentors:
         return self._train(self.gated, folder, hook)
 
     def _train(self, config: Config, folder: Path, hook: CompressHook) -> Runner:
-        config = copy.deepcopy(config)
-        config.resume = self.args.resume
-        runner = self.runner(config, folder)
+        runner = self.runner(config, folder, self.args.resume)
         runner.register_hook(hook)
         runner.train()
         return runner

@@ -188,7 +188,7 @@ def summarise(result: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
     }
     everything['mixtures'] = result.mixtures
     if result.handover is not None:
-        everything['handover'] = result.handover._asdict()
+        everything['handover'] = result.handover.numbers()
     return everything
 
 
