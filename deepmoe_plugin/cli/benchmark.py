@@ -57,25 +57,33 @@ BY_ENGINE = {
 class SyntheticGates(nn.Module):
     """Stands in for a gating network: random experts, an exact fraction of every layer, different for each image.
 
+    Args:
+        widths: experts of each gated layer.
+        images: the first batch.
+        kept: fraction of the gates, which round to whole ones, that each image keeps.
+        experts_per_gate: neighbouring experts that share a gate.
+
     Attributes:
         images: the batch (B, in_chans, H, W) that all variants run on until the next `draw`.
         counts: experts that a thin network of the same cost has in each layer.
     """
 
-    def __init__(self, widths: list[int], images: Tensor, kept: float) -> None:
+    def __init__(self, widths: list[int], images: Tensor, kept: float, experts_per_gate: int = 1) -> None:
         super().__init__()
-        self.widths, self.images = widths, images
+        self.widths, self.images, self.experts_per_gate = widths, images, experts_per_gate
         self.batch, self.device = len(images), images.device
-        self.counts = [min(width, round(width * kept)) for width in widths]
+        self.counts = [experts_per_gate * round(width / experts_per_gate * kept) for width in widths]
         self.current: list[Tensor] = []
         self.draw()
 
     def draw(self) -> None:
         """Choose the experts of the next repetition."""
         gates = []
+        size = self.experts_per_gate
         for width, count in zip(self.widths, self.counts, strict=True):
-            chosen = torch.rand(self.batch, width).argsort(1).argsort(1) < count
-            gates.append((chosen * torch.empty(self.batch, width).uniform_(0.5, 1.5)).to(self.device))
+            chosen = torch.rand(self.batch, width // size).argsort(1).argsort(1) < count // size
+            values = chosen * torch.empty(self.batch, width // size).uniform_(0.5, 1.5)
+            gates.append(values.repeat_interleave(size, dim=1).to(self.device))
         self.current[:] = gates
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -194,7 +202,7 @@ def build(
         gates = RealGates(model, load_images(model.in_chans, args, settings))
     else:
         x = torch.randn(args.batch, model.in_chans, height, width, device=device, dtype=dtype)
-        gates = model.gating = SyntheticGates(widths, x, kept)
+        gates = model.gating = SyntheticGates(widths, x, kept, model.gating.gates.experts_per_gate)
     plain: Any = timm.create_model(name, gated=False, **dict(structure, widen=1)).to(dtype).eval()
     base_widths = expert_widths(plain, plain.expert_layers)
     factors = [max(1, n) / base for n, base in zip(gates.counts, base_widths, strict=True)]
