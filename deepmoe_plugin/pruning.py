@@ -157,21 +157,31 @@ def _without(model: DeepMoE, kept: Sequence[Tensor]) -> DeepMoE:
     experts_per_gate = model.gating.gates.experts_per_gate
     _keep(smaller.gating.gates, rows[::experts_per_gate] // experts_per_gate)
     smaller.gating.gates.widths = widths
-    for layer, index in zip(model.expert_layers, kept, strict=True):
-        conv: Any = smaller.get_submodule(layer.conv)
+    leave_only(smaller, kept)
+    return smaller
+
+
+def leave_only(network: Any, kept: Sequence[Tensor]) -> None:
+    """Take all but some experts out of the layers of a network, gated or dense, in place; gate heads stay as they are.
+
+    Args:
+        network: has `expert_layers`. Experts that none of its layers reads are read by the classifier.
+        kept: indices of the experts of each layer that stay, ascending.
+    """
+    for layer, index in zip(network.expert_layers, kept, strict=True):
+        conv: Any = network.get_submodule(layer.conv)
         _keep(conv, index)
         setattr(conv, 'out_features' if isinstance(conv, nn.Linear) else 'out_channels', len(index))
         if layer.late_norm:
-            _keep(smaller.get_submodule(layer.late_norm), index)
+            _keep(network.get_submodule(layer.late_norm), index)
         if layer.norm:
-            norm: Any = smaller.get_submodule(layer.norm)
+            norm: Any = network.get_submodule(layer.norm)
             _keep(norm, index)
             norm.num_features = len(index)
-        if layer.consumer:
-            consumer: Any = smaller.get_submodule(layer.consumer)
-            consumer.weight = _selected(consumer.weight, index, 1)
-            setattr(consumer, 'in_features' if isinstance(consumer, nn.Linear) else 'in_channels', len(index))
-    return smaller
+        reader: Any = network.get_submodule(layer.consumer) if layer.consumer else network.get_classifier()
+        if isinstance(reader, nn.Conv2d | nn.Linear):
+            reader.weight = _selected(reader.weight, index, 1)
+            setattr(reader, 'in_features' if isinstance(reader, nn.Linear) else 'in_channels', len(index))
 
 
 def _keep(module: nn.Module, index: Tensor) -> None:
