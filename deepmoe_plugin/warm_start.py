@@ -64,7 +64,9 @@ def warm_start(
     model.eval()
     try:
         worth, activation = _measure(model, network, loader, criterion, importance_images, progress)
-        rank = (worth / network.macs_of_experts().to(worth.device)).clamp(min=torch.finfo(worth.dtype).tiny).log()
+        gates = network.gating.gates
+        macs = gates.by_gate(network.macs_of_experts()).to(worth.device)
+        rank = (worth / macs).clamp(min=torch.finfo(worth.dtype).tiny).log()
         # The median: dead experts, whose logarithm is far below all others, would draw a mean to themselves.
         rank = (rank - rank.median()).clamp(-LIMIT, LIMIT)
         rows, offset = _train_embedding(model, network, loader, activation, epochs, progress)
@@ -72,9 +74,9 @@ def warm_start(
             # The mixture sums to one, so that a constant of the prediction is a constant of each row.
             static = rank + IMAGE_SHARE * (offset - rows.sum(1))
             heads = 1 + SPREAD * (static[:, None] + IMAGE_SHARE * rows.shape[1] * rows)
-            network.gating.gates.weight.copy_(heads)
-            network.gating.gates.threshold.zero_()
-            _divide_consumers(network, 1 + SPREAD * (rank + IMAGE_SHARE * offset))
+            gates.weight.copy_(heads)
+            gates.threshold.zero_()
+            _divide_consumers(network, gates.by_expert(1 + SPREAD * (rank + IMAGE_SHARE * offset)))
     finally:
         model.train(was_training)
 
@@ -87,7 +89,7 @@ def _measure(
     images: int,
     progress: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Mean worth of each expert (|gradient of its gate|, per image) and its mean activation, both of shape (N,)."""
+    """Mean worth of each gate (|gradient|, per image) and of the activation behind it, both of shape (gates,)."""
     gates: list[Tensor] = []
 
     def open_all(_module: nn.Module, _args: Any, preact: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ def _measure(
                 gates.clear()
                 loss = criterion(model(inputs), target) * len(inputs)
                 (gradient,) = torch.autograd.grad(loss, gates)
-                worth = worth + gradient.abs().sum(0)
+                worth = worth + network.gating.gates.by_gate(gradient).abs().sum(0)
                 activation = activation + activations.take().sum(0)
                 seen += len(inputs)
     finally:
@@ -122,8 +124,8 @@ def _train_embedding(
     """Teach the embedding to predict the logarithm of each expert's relative activation.
 
     Returns:
-        rows (N, K) and offset (N,) of the prediction `offset + rows (K e - 1)`: K times the mixture is one on average,
-        so that the rows have the scale of what they predict; zero where there is nothing to learn.
+        rows (gates, K) and offset (gates,) of the prediction `offset + rows (K e - 1)`: K times the mixture is one on
+        average, so that the rows have the scale of what they predict; zero where there is nothing to learn.
     """
     gating = network.gating
     count = gating.gates.weight.shape[1]
@@ -180,6 +182,7 @@ class _Activations:
 
     def __init__(self, network: GatedNetwork) -> None:
         self._modules = [network.get_submodule(layer.act) for layer in network.expert_layers]
+        self._by_gate = network.gating.gates.by_gate
         self._found: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
 
@@ -200,8 +203,8 @@ class _Activations:
         return hook
 
     def take(self) -> Tensor:
-        """Of all layers side by side, shape (B, N)."""
-        return torch.cat([self._found[i] for i in range(len(self._modules))], dim=1)
+        """The mean over the experts of each gate, of all layers side by side, shape (B, gates)."""
+        return self._by_gate(torch.cat([self._found[i] for i in range(len(self._modules))], dim=1))
 
 
 def _batches(

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..budgets import set_budget
+from ..gating import GatingConfig
 from ..macs import GATING_GROUPS, macs_table
 from ..network import DeepMoE, freeze_gating
 from ..stats import gate_statistics
@@ -151,8 +152,11 @@ def gated_twin(name: str) -> str:
 
 def _trained(settings: dict[str, Any], args: argparse.Namespace) -> nn.Module:
     """The dense network with its trained weights."""
+    arguments = dict(settings['model_kwargs'])
+    GatingConfig.pop_from(arguments)  # of the gated twin alone
     if 'deepmoe' in settings['model']:
-        settings = {**settings, 'model_kwargs': {**settings['model_kwargs'], 'gated': False}}
+        arguments['gated'] = False
+    settings = {**settings, 'model_kwargs': arguments}
     pretrained = settings.get('pretrained') and args.checkpoint is None
     settings = {**settings, 'pretrained': False}
     if pretrained:
