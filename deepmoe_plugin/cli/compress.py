@@ -54,6 +54,8 @@ SHARES = {
     'right_where_wrong': 'right where it is wrong (%)',
 }
 """Columns of the table that hold fractions of a gated network."""
+GROUPS = 8
+"""Latent experts of the gated network, each of which is a group of images that keep the same."""
 SMALL = 64
 """Images up to this side are cut and shifted as CIFAR's usually are; larger ones as timm does it."""
 
@@ -124,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows.append(judge(f'{name}, {args.epochs} epochs', model, images.loader))
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, args.output / 'compressed.safetensors')
-    arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
+    arguments = gated_arguments(gated_name, settings)
     summary = {'network': gated_name, 'model_kwargs': arguments, 'macs': args.macs, 'results': rows}
     (args.output / 'results.json').write_text(json.dumps(summary, indent=2) + '\n')
     table = format_table(rows)
@@ -148,6 +150,14 @@ def gated_twin(name: str) -> str:
         names = ', '.join(sorted(n.removeprefix('narrow_deepmoe_') for n in timm.list_models('narrow_deepmoe_*')))
         raise ValueError(f'There is no gated twin of {name!r}. There are those of: {names}.')
     return known
+
+
+def gated_arguments(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the gated network: few groups of images, found by an embedding half as wide as usual, do best."""
+    arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
+    usual: Any = timm.create_model(name, device='meta', **arguments)
+    channels = [max(1, layer.conv.out_channels // 2) for layer in usual.gating.embedding.layers]
+    return {'num_latent_experts': GROUPS, 'embedding_channels': channels, **arguments}
 
 
 def _trained(settings: dict[str, Any], args: argparse.Namespace) -> nn.Module:
@@ -204,7 +214,7 @@ class Budget:
         self.loader = training_loader(args, settings)
         self.size = data_config(settings)['input_size'][1:]
         self.dense_macs = macs_table(dense, self.size).dense()
-        arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
+        arguments = gated_arguments(name, settings)
         probe: Any = timm.create_model(name, device='meta', **arguments)
         table = macs_table(probe, self.size)
         self.gated_layers = {layer.conv for layer in probe.expert_layers}
@@ -307,8 +317,9 @@ def train(
         random_seed(args.seed, rank=epoch)  # a resumed epoch draws what an uninterrupted run would
         model.train()
         if isinstance(model, DeepMoE):
-            # The embedding has learnt which images use what; from the task it would learn to hand over the class.
-            model.gating.embedding.eval().requires_grad_(False)
+            # The gates know what the images use; from the task they would learn to hand over the class.
+            model.gating.requires_grad_(False)
+            model.gating.embedding.eval()
             if epoch == frozen_from:
                 calibrate(model, plain)
             if epoch >= frozen_from:
