@@ -38,8 +38,9 @@ def run(folder, output, *more):
     return compress.main(['resnet20_cifar', *checkpoint, '--output', str(output), *ARGS, *more])
 
 
-def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path):
-    summary = run(folder, tmp_path, '--macs', '0.6')
+@pytest.mark.parametrize('arguments', [(), ('experts_per_gate=8',)], ids=str)
+def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path, arguments):
+    summary = run(folder, tmp_path, '--macs', '0.6', '--model-kwargs', 'layers=(1,1,1)', *arguments)
     dense, gated = summary['results']
     assert gated['gmacs'] / dense['gmacs'] == pytest.approx(0.6, abs=0.06)
     assert gated['kept_experts'] < 1
@@ -98,11 +99,14 @@ def test_times_of_one_image(folder, tmp_path, monkeypatch):
 def test_the_fastest_way_counts(monkeypatch):
     ways = {'slow': 0.02, 'quick': 0.0}
 
-    def on_engine(engine, model, x, label):
-        return lambda _: time.sleep(ways[engine])
+    def waiting(seconds):
+        def build(model, x):
+            return lambda image: (time.sleep(seconds), model(image))[1]
+
+        return build
 
     monkeypatch.setattr(timing, 'REPEATS', 2)
-    monkeypatch.setattr(timing, 'on_engine', on_engine)
+    monkeypatch.setattr(timing, 'ENGINES', {name: waiting(seconds) for name, seconds in ways.items()})
     found = timing.time_of_an_image({'dense': torch.nn.Conv2d(3, 4, 3)}, [torch.zeros(1, 3, 8, 8)], list(ways))
     assert found['dense'].engine == 'quick'
     assert found['dense'].ms < 10

@@ -38,6 +38,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from ..budgets import base_target, draw_budget, set_budget
+from ..gating import GatingConfig
 from ..macs import macs_table
 from ..network import DeepMoE, freeze_gating
 from ..stats import gate_statistics
@@ -57,6 +58,8 @@ _TWINS = {'wide_resnet50_2': 'wide_deepmoe_resnet50', 'wide_resnet101_2': 'wide_
 TEMPERATURE = 4.0
 CALIBRATION_BATCHES = 16
 TIMED_BATCHES, TIMED_IMAGES = 16, 40
+GROUPS = 8
+"""Latent experts of the gated network, each of which is a group of images that keep the same."""
 SMALL = 64
 """Images up to this side are padded by an eighth of it and cut at random, as CIFAR's usually are. timm enlarges its
 crops, which blurs small images, and gates see that."""
@@ -93,9 +96,10 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     given = list(sys.argv[1:] if argv is None else argv)
     if given and _is_segmentor(given[0]):
-        from .compress_segmentor import main as compress_segmentor  # mmseg need not be installed
+        from .compress_segmentor import Recipe  # mmseg need not be installed
+        from .compress_segmentor import main as compress_segmentor
 
-        return compress_segmentor(given, RAMP)
+        return compress_segmentor(given, Recipe(RAMP, GROUPS))
     parser, args = parse_args(given)
     check_recipe(parser, args)
     if args.epochs < 1:
@@ -126,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 compared[title] = copy.deepcopy(model)  # one of several budgets changes
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, args.output / 'compressed.safetensors')
-    arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
+    arguments = gated_arguments(gated_name, settings)
     summary = {'network': gated_name, 'model_kwargs': arguments, 'macs': args.macs, 'results': rows}
     if args.time is not None:
         summary['time'] = time_rows(rows, compared, images.loader, args)
@@ -172,10 +176,21 @@ def gated_twin(name: str) -> str:
     return known
 
 
+def gated_arguments(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the gated network: few groups of images, found by an embedding half as wide as usual, do best."""
+    arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
+    usual: Any = timm.create_model(name, device='meta', **arguments)
+    channels = [max(1, layer.conv.out_channels // 2) for layer in usual.gating.embedding.layers]
+    return {'num_latent_experts': GROUPS, 'embedding_channels': channels, **arguments}
+
+
 def _trained(settings: dict[str, Any], args: argparse.Namespace) -> nn.Module:
     """The dense network with its trained weights."""
+    arguments = dict(settings['model_kwargs'])
+    GatingConfig.pop_from(arguments)  # of the gated twin alone
     if 'deepmoe' in settings['model']:
-        settings = {**settings, 'model_kwargs': {**settings['model_kwargs'], 'gated': False}}
+        arguments['gated'] = False
+    settings = {**settings, 'model_kwargs': arguments}
     pretrained = settings.get('pretrained') and args.checkpoint is None
     settings = {**settings, 'pretrained': False}
     if pretrained:
@@ -228,7 +243,7 @@ class Budget:
         self.loader = training_loader(args, settings)
         self.size = data_config(settings)['input_size'][1:]
         self.dense_macs = macs_table(dense, self.size).dense()
-        arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
+        arguments = gated_arguments(name, settings)
         probe: Any = timm.create_model(name, device='meta', **arguments)
         table = macs_table(probe, self.size)
         self.gated_layers = {layer.conv for layer in probe.expert_layers}
@@ -324,8 +339,9 @@ def train(
         random_seed(args.seed, rank=epoch)  # a resumed epoch draws what an uninterrupted run would
         model.train()
         if isinstance(model, DeepMoE):
-            # The embedding has learnt which images use what; from the task it would learn to hand over the class.
-            model.gating.embedding.eval().requires_grad_(False)
+            # The gates know what the images use; from the task they would learn to hand over the class.
+            model.gating.requires_grad_(False)
+            model.gating.embedding.eval()
             if epoch == frozen_from:
                 calibrate(model, plain)
             if epoch >= frozen_from:

@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -61,13 +61,20 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     return parser, parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None, ramp: float) -> dict[str, Any]:
-    """Compress a segmentor.
+class Recipe(NamedTuple):
+    """What segmentors share with classifiers.
 
-    Args:
-        argv: the arguments.
+    Attributes:
         ramp: share of the training in which the budget falls to the target.
+        groups: latent experts of the gated network, unless the config says how many.
     """
+
+    ramp: float
+    groups: int
+
+
+def main(argv: Sequence[str] | None, recipe: Recipe) -> dict[str, Any]:
+    """Compress a segmentor, with these arguments."""
     parser, args = parse_args(argv)
     check_recipe(parser, args)
     if args.launcher != 'none':
@@ -80,7 +87,7 @@ def main(argv: Sequence[str] | None, ramp: float) -> dict[str, Any]:
     check_data(parser, config, 'train', 'val', 'test')
     init_default_scope(config.get('default_scope', 'mmseg'))
     try:
-        segmentors = Segmentors(config, args, ramp)
+        segmentors = Segmentors(config, args, recipe)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,9 +119,13 @@ class Segmentors:
         FileNotFoundError, ValueError: a setting, the config or the checkpoint cannot work; the message names it.
     """
 
-    def __init__(self, config: Config, args: argparse.Namespace, ramp: float) -> None:
+    def __init__(self, config: Config, args: argparse.Namespace, recipe: Recipe) -> None:
         self.args = args
         self.dense, self.gated = _twins(config)
+        # Few groups of images, found by an embedding half as wide as usual, do best, as for classifiers.
+        backbone = self.gated.model.backbone
+        backbone.setdefault('num_latent_experts', recipe.groups)
+        backbone.setdefault('embedding_channels', [width // 2 for width in GatingConfig().embedding_channels])
         allow_histories()
         check_readable(args.checkpoint, '--checkpoint')
         self.weights = load_state_dict(args.checkpoint)
@@ -134,7 +145,7 @@ class Segmentors:
             raise ValueError(f'{args.config} does not say how long to train: set train_cfg.max_iters.')
         self.length = f'{length} {"epochs" if self.by_epoch else "iterations"}'
         self.begin = length - math.floor(args.stage2 * length)
-        self.ramp = ramp
+        self.ramp = recipe.ramp
         self.gated.model.backbone.target_macs = target_of(self.targets)
         self.gated.custom_hooks = [*self.gated.custom_hooks, dict(type='deepmoe_plugin.DeepMoELossHook')]
         if self.begin < length:

@@ -1,5 +1,6 @@
 """Time of one image: networks of different kinds, each as a user would run it, by turns in one process."""
 
+import copy
 import functools
 import platform
 import statistics
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 import deepmoe_plugin
 
 from ..network import DeepMoE
-from .benchmark import FORMATS, REST, best_format, folded, measure, on_engine, processor_name
-from .engines import ENGINES
+from .benchmark import FORMATS, REST, best_format, measure, processor_name
+from .engines import ENGINES, Missing
+from .peers import check_same, folded
 
 TORCH = 'torch'
 SPARSE = 'sparse'
@@ -46,6 +48,9 @@ def time_of_an_image(
             norms folded and in the memory format that suits them, and on the engines, of which the fastest counts.
         images: each of shape (1, in_chans, H, W); the repetitions take them in turn.
         engines: names of those to try, of `ENGINES` or 'torch'.
+
+    Raises:
+        ValueError: no engine runs a dense network.
     """
     candidates = [candidate for name, model in networks.items() for candidate in _ways(name, model, images[0], engines)]
     times: dict[_Candidate, list[float]] = {candidate: [] for candidate in candidates}
@@ -77,8 +82,16 @@ def _ways(name: str, model: nn.Module, x: Tensor, engines: Sequence[str]) -> lis
         if engine == TORCH:
             network, memory_format = best_format(plain, x)
             ways.append(_Candidate(name, engine, FORMATS[memory_format], network))
-        elif (run := on_engine(engine, plain, x, f'{name}, {engine}')) is not None:
+            continue
+        try:
+            run = ENGINES[engine](copy.deepcopy(plain), x)
+            check_same(engine, functools.partial(run, x), plain(x))
+        except (Missing, ValueError) as error:
+            print(f'{name} without {engine}: {error}.')
+        else:
             ways.append(_Candidate(name, engine, torch.contiguous_format, run))
+    if not ways:
+        raise ValueError(f'--time: none of {", ".join(engines)} runs {name} here: name torch as well.')
     return ways
 
 

@@ -71,7 +71,7 @@ class GatingNetwork(nn.Module):
         self.embedding: Any = ShallowEmbedding(
             in_chans, config.embedding_channels, config.num_latent_experts, norm_layer=norm_layer, **dd
         )
-        self.gates = GateHeads(widths, config.num_latent_experts, **dd)
+        self.gates = GateHeads(widths, config.num_latent_experts, config.experts_per_gate, **dd)
         self.class_scores: nn.Linear | None = None
         if config.embed_loss_weight > 0 and num_classes < 1:
             raise ValueError(

@@ -92,8 +92,8 @@ class CompressHook(Hook):
     Args:
         weights: state dict of the trained dense segmentor.
         teacher: if there is one.
-        stages: of a gated segmentor. Its gates are warmed up, its embedding then stays as it is, and the last threshold
-            is set on images as they are tested, before stage 2 or at the end.
+        stages: of a gated segmentor. Its gates are warmed up and then stay as they are, but for the threshold. The last
+            one is set on images as they are tested, before stage 2 or at the end.
     """
 
     priority = 'ABOVE_NORMAL'  # the threshold is set before DeepMoEFinetuneHook freezes the gates
@@ -116,15 +116,16 @@ class CompressHook(Hook):
             self.teacher.teach(model)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Keep the embedding; set the threshold where stage 2 begins, and draw that of a step from then on."""
+        """Keep the gates; set the threshold where stage 2 begins, and draw that of a step from then on."""
         if self.stages is None:
             return
         gating = network_of(runner, self).gating
         if gating.frozen:
             draw_budget(model_of(runner), runner.iter)
             return
-        # The embedding has learnt which images use what; from the task it would learn to hand over the class.
-        gating.embedding.eval().requires_grad_(False)
+        # The gates know what the images use; from the task they would learn to hand over the classes.
+        gating.requires_grad_(False)
+        gating.embedding.eval()
         if (runner.epoch if self.stages.by_epoch else runner.iter) == self.stages.begin:
             self._calibrate(runner)
 
