@@ -85,6 +85,14 @@ def test_range_of_budgets_makes_one_network_of_all_of_them(folder, tmp_path):
     assert 0 < model.gating.gates.threshold < smallest
 
 
+def test_without_stage_2_the_budget_is_known_at_the_end(folder, tmp_path):
+    summary = run(folder, tmp_path, '--macs', '0.6', '--stage2', '0')
+    dense, gated = summary['results']
+    assert gated['gmacs'] / dense['gmacs'] == pytest.approx(0.6, abs=0.06)
+    assert load_file(tmp_path / 'compressed.safetensors')['gating.curve.points'].any()
+    assert run(folder, tmp_path, '--macs', '0.6', '--stage2', '0', '--resume')['results'] == summary['results']
+
+
 def test_times_of_one_image(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, 'REPEATS', 3)
     monkeypatch.setattr(compress, 'train', lambda _name, model, *_: model.eval())

@@ -50,14 +50,13 @@ from .evaluate import evaluate
 from .figures import draw_experts, draw_times
 from .images import add_image_arguments, create_dataset_of, create_images, data_config
 from .networks import add_network_arguments, create_network, read_settings
-from .timing import WAYS, circumstances, time_of_an_image
+from .timing import WAYS, time_rows
 
 BASELINES = ('dense', 'torch-pruning')
 # Dense networks whose gated twin has a name of its own; of all others it is `narrow_deepmoe_NAME`.
 _TWINS = {'wide_resnet50_2': 'wide_deepmoe_resnet50', 'wide_resnet101_2': 'wide_deepmoe_resnet101'}
 TEMPERATURE = 4.0
 CALIBRATION_BATCHES = 16
-TIMED_BATCHES, TIMED_IMAGES = 16, 40
 GROUPS = 8
 """Latent experts of the gated network, each of which is a group of images that keep the same."""
 SMALL = 64
@@ -133,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = gated_arguments(gated_name, settings)
     summary = {'network': gated_name, 'model_kwargs': arguments, 'macs': args.macs, 'results': rows}
     if args.time is not None:
-        summary['time'] = time_rows(rows, compared, images.loader, args)
+        summary['time'] = time_rows(rows, compared, images.loader, args.time or WAYS, args.device)
         draw_times(rows, ('top1', 'top-1 accuracy (%)')).savefig(args.output / 'time.png', dpi=120)
     table = write_table(args.output, summary, ('top1', 'top-1 (%)'), 'MMACs')
     labels = torch.cat([labels for _, labels in images.loader])
@@ -148,19 +147,6 @@ def _is_segmentor(name: str) -> bool:
     """Whether a name means a config of mmseg."""
     path = find_config(name, 'mmseg')
     return name.endswith('.py') or (path is not None and path.suffix == '.py')
-
-
-def time_rows(
-    rows: list[dict[str, Any]], networks: dict[str, nn.Module], loader: DataLoader, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Add the time of one image to the rows of all networks; returns what it depends on."""
-    images = torch.cat([images for _, (images, _) in zip(range(TIMED_BATCHES), loader, strict=False)])
-    step = max(1, len(images) // TIMED_IMAGES)  # of all classes
-    chosen = images[::step][:TIMED_IMAGES].to(args.device).split(1)
-    timings = time_of_an_image(networks, chosen, args.time or WAYS)
-    for row in rows:
-        row.update(timings[row['name']]._asdict())
-    return circumstances(args.device)
 
 
 def gated_twin(name: str) -> str:
@@ -364,9 +350,9 @@ def train(
             progress.set_postfix(loss=f'{meter.avg:.3f}', **shown)
         if isinstance(model, DeepMoE) and model.gating.frozen:
             draw_budget(model)
+        elif isinstance(model, DeepMoE) and epoch + 1 == args.epochs:  # without stage 2
+            calibrate(model, plain)
         _save(path, model, optimizer, epoch + 1)
-    if isinstance(model, DeepMoE) and not model.gating.curve.is_measured:  # there was no stage 2
-        calibrate(model, plain)
     for source in term_sources(model):
         source.finish_training()
     model.eval()

@@ -5,7 +5,7 @@ import functools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from .peers import check_same, folded
 TORCH = 'torch'
 SPARSE = 'sparse'
 REPEATS, WARMUP = 40, 5
+TIMED_BATCHES, TIMED_IMAGES = 16, 40
 
 
 class Timing(NamedTuple):
@@ -95,8 +96,30 @@ def _ways(name: str, model: nn.Module, x: Tensor, engines: Sequence[str]) -> lis
     return ways
 
 
-def circumstances(device: str) -> dict[str, Any]:
-    """What times depend on."""
+def time_rows(
+    rows: Sequence[dict[str, Any]],
+    networks: Mapping[str, nn.Module],
+    loader: Iterable[Sequence[Any]],
+    engines: Sequence[str],
+    device: str,
+) -> dict[str, Any]:
+    """Add the time of one image to rows of a table.
+
+    Args:
+        rows: one for each network, with its `name`; each gets `ms` and `engine`.
+        networks: by their names.
+        loader: batches that start with images, of which some of the first batches are taken.
+        engines: see `time_of_an_image`.
+        device: of the networks.
+
+    Returns:
+        What the times depend on.
+    """
+    images = torch.cat([batch[0] for _, batch in zip(range(TIMED_BATCHES), loader, strict=False)])
+    chosen = images[:: max(1, len(images) // TIMED_IMAGES)][:TIMED_IMAGES]  # folders are in the order of their classes
+    timings = time_of_an_image(networks, chosen.to(device).split(1), engines)
+    for row in rows:
+        row.update(timings[row['name']]._asdict())
     versions = {'torch': torch.__version__, 'python': platform.python_version()}
     threads = torch.get_num_threads()
     return {
