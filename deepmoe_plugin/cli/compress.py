@@ -77,13 +77,14 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     parser.add_argument(
         '--stage2',
         type=float,
-        default=0.2,
-        help='share of the epochs with frozen gates, the last (default: %(default)s)',
+        default=1.0,
+        help='share of the epochs with frozen gates, the last; in those before, the budget falls to its target step by '
+        'step (default: %(default)s: experts close at once)',
     )
     parser.add_argument('--lr', type=float, default=0.02, help='of SGD, falls along a cosine (default: %(default)s)')
     parser.add_argument('--weight-decay', type=float, default=5e-4, help='(default: %(default)s)')
     parser.add_argument(
-        '--distill', type=float, default=0.5, help="weight of the teacher's logits, from 0 to 1 (default: %(default)s)"
+        '--distill', type=float, default=0.9, help="weight of the teacher's logits, from 0 to 1 (default: %(default)s)"
     )
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--channels-last', action='store_true', help='memory format of the networks')
