@@ -3,8 +3,8 @@
 A trained dense network knows two things that its gates would otherwise have to find out while they close:
 
 * What an expert is worth. The gradient of the loss with respect to its gate, at one, is the first-order change of the
-  loss if the gate closes (Molchanov et al. 2017, the Taylor criterion); divided by its MACs, it ranks the experts of
-  all layers.
+  loss if the gate closes (Molchanov et al. 2017, the Taylor criterion); its root mean square over images, divided by a
+  power of the expert's MACs, ranks the experts of all layers.
 * Which images use it. The activations of an expert on one image, relative to its average, say how much there is to
   lose for this image. No label enters, so that the gates know the image and not the answer.
 
@@ -33,6 +33,8 @@ IMAGE_SHARE = 0.7
 """Weight of the group of images beside the average: what its experts are worth differs less than their activations."""
 SHARPNESS = 8.0
 """Of the mixture: the logits are squared distances to the groups, in units of the mean one divided by this."""
+PRICE = 0.7
+"""Power of the MACs that the worth of an expert is divided by: at 1, expensive layers end with hardly an expert."""
 NEARNESS = 0.5  # groups differ in experts whose rank is this near to the last one that the budget has room for
 LIMIT = 2.5  # of the standardised rank, either way: outliers would only stretch the scale
 LEARNING_RATE = 0.01  # of Adam, for the embedding; falls to zero along a cosine, epoch by epoch
@@ -75,7 +77,7 @@ def warm_start(
         worth, activation = _measure(model, network, loader, criterion, importance_images, progress)
         gates = network.gating.gates
         macs = gates.by_gate(network.macs_of_experts()).to(worth.device)
-        rank = (worth / macs).clamp(min=torch.finfo(worth.dtype).tiny).log()
+        rank = (worth / macs.pow(PRICE)).clamp(min=torch.finfo(worth.dtype).tiny).log()
         # The median: dead experts, whose logarithm is far below all others, would draw a mean to themselves.
         rank = (rank - rank.median()).clamp(-LIMIT, LIMIT)
         use = _train_embedding(model, network, loader, activation, epochs, progress)
@@ -101,7 +103,7 @@ def _measure(
     images: int,
     progress: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Mean worth of each gate (|gradient|, per image) and of the activation behind it, both of shape (gates,)."""
+    """Worth of each gate (root mean square of its gradient) and mean activation behind it, both of shape (gates,)."""
     gates: list[Tensor] = []
 
     def open_all(_module: nn.Module, _args: Any, preact: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def _measure(
                 gates.clear()
                 loss = criterion(model(inputs), target) * len(inputs)
                 (gradient,) = torch.autograd.grad(loss, gates)
-                worth = worth + network.gating.gates.by_gate(gradient).abs().sum(0)
+                worth = worth + network.gating.gates.by_gate(gradient).square().sum(0)
                 activation = activation + activations.take().sum(0)
                 seen += len(inputs)
     finally:
@@ -127,7 +129,7 @@ def _measure(
         raise ValueError('loader has no batch: there is nothing to measure the experts on.')
     assert isinstance(worth, Tensor)
     assert isinstance(activation, Tensor)
-    return worth / seen, activation / seen
+    return (worth / seen).sqrt(), activation / seen
 
 
 class _Use(NamedTuple):

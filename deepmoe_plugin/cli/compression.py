@@ -35,11 +35,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, baselines: Sequence[st
     parser.add_argument(
         '--stage2',
         type=float,
-        default=0.2,
-        help='share of the training with frozen gates, the last (default: %(default)s)',
+        default=1.0,
+        help='share of the training with frozen gates, the last; before it, the budget falls to its target step by '
+        'step (default: %(default)s: experts close at once)',
     )
     parser.add_argument(
-        '--distill', type=float, default=0.5, help="weight of the teacher's logits, from 0 to 1 (default: %(default)s)"
+        '--distill', type=float, default=0.9, help="weight of the teacher's logits, from 0 to 1 (default: %(default)s)"
     )
     parser.add_argument('--resume', action='store_true', help='go on from the last state in the output folder')
     parser.add_argument(
