@@ -29,7 +29,7 @@ from .stats import fraction_kept
 
 SPREAD = 0.05
 """Standard deviation of `W e` over experts, about one: gates scale channels, and this much does not disturb."""
-IMAGE_SHARE = 0.7
+IMAGE_SHARE = 0.5
 """Weight of the group of images beside the average: what its experts are worth differs less than their activations."""
 SHARPNESS = 8.0
 """Of the mixture: the logits are squared distances to the groups, in units of the mean one divided by this."""

@@ -3,9 +3,9 @@
     deepmoe compress resnet50 --data-dir imagenet --macs 0.5 --epochs 20
     deepmoe compress resnet20_cifar --checkpoint resnet20.safetensors --data-dir cifar10 --macs 0.35
 
-The dense network teaches its gated twin. The gates start at what the experts are worth and at which images use them
-(deepmoe_plugin.warm_start), a threshold closes the least useful experts until the average image costs the budget, and
-the last epochs train with the gates as they then are (stage 2). The output folder gets a checkpoint of each kind
+The gates of its gated twin learn what the experts are worth and which images use the network alike
+(deepmoe_plugin.warm_start), a threshold closes the least useful experts, so that the average image costs the budget,
+and the network trains with these gates, taught by the dense one. The output folder gets a checkpoint of each kind
 (compressed.safetensors, last.pth for --resume), a table (results.md, results.json) and a picture of the experts that
 each class keeps (experts.png). --baselines trains others as long, on the same images and with the same teacher.
 
@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     parser.add_argument('--mean', type=float, nargs='+', help='of the images (default: of the model)')
     parser.add_argument('--std', type=float, nargs='+', help='likewise')
     parser.add_argument('--epochs', type=int, default=20, help='(default: %(default)s)')
-    parser.add_argument('--lr', type=float, default=0.02, help='of SGD, falls along a cosine (default: %(default)s)')
+    parser.add_argument('--lr', type=float, default=0.01, help='of SGD, falls along a cosine (default: %(default)s)')
     parser.add_argument('--weight-decay', type=float, default=5e-4, help='(default: %(default)s)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--channels-last', action='store_true', help='memory format of the networks')
