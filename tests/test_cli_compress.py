@@ -1,7 +1,6 @@
 """`deepmoe compress`: from a trained dense network to a cheaper gated one."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -105,19 +104,26 @@ def test_times_of_one_image(folder, tmp_path, monkeypatch):
 
 
 def test_the_fastest_way_counts(monkeypatch):
-    ways = {'slow': 0.02, 'quick': 0.0}
+    seconds = {}
 
-    def waiting(seconds):
+    def engine(takes):
         def build(model, x):
-            return lambda image: (time.sleep(seconds), model(image))[1]
+            seconds[model] = takes
+            return model
 
         return build
 
-    monkeypatch.setattr(timing, 'REPEATS', 2)
-    monkeypatch.setattr(timing, 'ENGINES', {name: waiting(seconds) for name, seconds in ways.items()})
-    found = timing.time_of_an_image({'dense': torch.nn.Conv2d(3, 4, 3)}, [torch.zeros(1, 3, 8, 8)], list(ways))
-    assert found['dense'].engine == 'quick'
-    assert found['dense'].ms < 10
+    monkeypatch.setattr(timing, 'measure', lambda call, clock: seconds[call.func])
+    monkeypatch.setattr(timing, 'ENGINES', {'slow': engine(0.003), 'quick': engine(0.001), 'wrong': _wrong_engine})
+    networks = {'dense': torch.nn.Conv2d(3, 4, 3)}
+    found = timing.time_of_an_image(networks, [torch.zeros(1, 3, 8, 8)], ['slow', 'quick', 'wrong'])
+    assert found == {'dense': (pytest.approx(1.0), 'quick')}
+    with pytest.raises(ValueError, match='none of wrong runs dense here'):
+        timing.time_of_an_image(networks, [torch.zeros(1, 3, 8, 8)], ['wrong'])
+
+
+def _wrong_engine(model, x):
+    return lambda image: model(image) + 1  # computes something else, in no time
 
 
 def test_baseline_trains_as_long(folder, tmp_path):
