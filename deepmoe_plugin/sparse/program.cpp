@@ -43,6 +43,7 @@ constexpr int64_t RUN = 56;            // output pixels that a thread takes at a
 constexpr int64_t SHORT_RUN = 16;      // the same where there is too little to do for all threads otherwise
 constexpr int64_t CACHED = 1 << 18;    // bytes of inputs that stay in the second-level cache
 constexpr int64_t PACKED_ROWS = 128;   // inputs whose weights a thread gathers at a time
+constexpr int64_t MANY_PIXELS = 64;    // from which on gathering pays where only inputs are left out
 constexpr int64_t AHEAD = 8;           // rows between the one that is gathered and the one that is fetched
 #ifdef __AVX512F__
 constexpr int MAX_VECTORS = 4;         // vectors of outputs in a tile
@@ -275,6 +276,21 @@ struct Bfloat16 {
     }
 };
 
+// Some lanes of a vector; the others are zero.
+template <class Number>
+static Vector read_some(const char* place, int64_t lanes) {
+    if (lanes == LANES) return Number::read_vector(place);
+    Vector value = {};
+    for (int64_t lane = 0; lane < lanes; ++lane) value[lane] = Number::read(place + lane * Number::SIZE);
+    return value;
+}
+
+template <class Number>
+static void write_some(char* place, Vector value, int64_t lanes) {
+    if (lanes == LANES) return Number::write_vector(place, value);
+    for (int64_t lane = 0; lane < lanes; ++lane) Number::write(place + lane * Number::SIZE, value[lane]);
+}
+
 // ------------------------------------------------------------------------------------------------ activations
 
 // erf(x) = x P(x^2) / Q(x^2) up to 4, where it is 1 to float rounding. The coefficients are a fit of least relative error,
@@ -335,7 +351,8 @@ struct Convolution {
         blocks = ceil_divide(out_count, BLOCK);
         runs = runs_for(team_size);
         const bool some_in = reads && reads->count < input.channels;
-        gathers = (writes && writes->count < output.channels) || (some_in && Number::PAIR > 1);
+        const bool pays = Number::PAIR > 1 || group.count * pixels >= MANY_PIXELS;
+        gathers = (writes && writes->count < output.channels) || (some_in && pays);
         picks = some_in && !gathers;
         whole_rows = !picks && op.dilation_width == 1;
         CHECK(op.kernel_width * in_units * 4 <= (int64_t)sizeof(zeros));
@@ -595,6 +612,11 @@ struct Convolution {
             const char* row = weight + (PICKS ? index[k] : k) * BLOCK * 4;
             CHECK(gathers || (row >= op.weight && row + V * LANES * 4 <= op.weight + op.weight_bytes));
             CHECK(!gathers || (row >= pack && row + V * LANES * 4 <= pack + program.pack_bytes));
+            if (PICKS) {  // no processor guesses which rows come next
+                const char* later = weight + index[std::min(k + AHEAD, units - 1)] * BLOCK * 4;
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) __builtin_prefetch(later + v * LANES * 4);
+            }
             Units w[V];
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) w[v] = *(const Units*)(row + v * LANES * 4);
@@ -654,17 +676,10 @@ struct Convolution {
             const int64_t place = v * LANES * Number::SIZE;
             char* target = pixel.target + place;
             const char* added = pixel.added + place;
-            if (lanes == LANES) {
-                if (residual) value += Number::read_vector(added);
-                value = activated(value, op.activation);
-                if (writes && op.activation) value *= *(const Vector*)(pixel.gate + v * LANES);
-                Number::write_vector(target, value);
-                continue;
-            }
-            for (int64_t lane = 0; residual && lane < lanes; ++lane) value[lane] += Number::read(added + lane * Number::SIZE);
+            if (residual) value += read_some<Number>(added, lanes);
             value = activated(value, op.activation);
             if (writes && op.activation) value *= *(const Vector*)(pixel.gate + v * LANES);
-            for (int64_t lane = 0; lane < lanes; ++lane) Number::write(target + lane * Number::SIZE, value[lane]);
+            write_some<Number>(target, value, lanes);
             if (Number::PAIR > 1 && lanes % 2) Number::write(target + lanes * Number::SIZE, 0.0f);
         }
     }
@@ -722,26 +737,25 @@ struct Simple {
                             from + (channel * strides[1] + column * strides[3]) * Number::SIZE, Number::SIZE);
     }
 
-    // The largest value under the kernel; channels that the input does not have are zero.
+    // The largest value under the kernel, NaN if there is one; channels that the input does not have are zero.
     void pool(const char* from, int64_t row, int64_t column, char* to) const {
+        const int64_t top = row * op.stride_height - op.pad_height, left = column * op.stride_width - op.pad_width;
         const int64_t count = std::min(in_count, out_count);
-        bool first = true;
-        for (int64_t down = 0; down < op.kernel_height; ++down)
-            for (int64_t across = 0; across < op.kernel_width; ++across) {
-                const int64_t y = row * op.stride_height - op.pad_height + down * op.dilation_height;
-                const int64_t x = column * op.stride_width - op.pad_width + across * op.dilation_width;
-                if (y < 0 || y >= input.height || x < 0 || x >= input.width) continue;
-                const char* pixel = from + input.pixel(y, x) * in_pitch;
-                if (first) {
-                    std::memcpy(to, pixel, count * Number::SIZE);
+        for (int64_t c = 0; c < count; c += LANES) {
+            const int64_t lanes = std::min(LANES, count - c);
+            Vector best;
+            bool first = true;
+            for (int64_t down = 0; down < op.kernel_height; ++down)
+                for (int64_t across = 0; across < op.kernel_width; ++across) {
+                    const int64_t y = top + down * op.dilation_height, x = left + across * op.dilation_width;
+                    if (y < 0 || y >= input.height || x < 0 || x >= input.width) continue;
+                    const Vector value = read_some<Number>(from + input.pixel(y, x) * in_pitch + c * Number::SIZE, lanes);
+                    const auto larger = (value > best) | (value != value);
+                    best = first ? value : larger ? value : best;
                     first = false;
-                    continue;
                 }
-                for (int64_t c = 0; c < count; ++c) {
-                    const float value = Number::read(pixel + c * Number::SIZE), best = Number::read(to + c * Number::SIZE);
-                    Number::write(to + c * Number::SIZE, value > best || value != value ? value : best);
-                }
-            }
+            write_some<Number>(to + c * Number::SIZE, best, lanes);
+        }
         std::memset(to + count * Number::SIZE, 0, out_pitch - count * Number::SIZE);
     }
 
@@ -771,7 +785,13 @@ static void step(Team& team, const Operation& op, int64_t group, const Operation
     if (next && next->kind == CONVOLVE && team.size > 1) following.emplace(team.program, *next, next_group, next_pack, team.size);
     const int64_t more = following ? following->pack_items() : 0;
     const auto together = [&](int64_t own, const auto& work) {
-        team.share(own + more, [&](int64_t item) { item < own ? work.run(item) : following->gather(item - own); });
+        // One thread gathers, which is a matter of memory, while others multiply; what is left fills the end.
+        const int64_t early = more / 2, all = own + early;
+        team.share(own + more, [&](int64_t item) {
+            const int64_t gathered = item < all ? item * early / all : item - own;
+            const bool gathers = item >= all || (item + 1) * early / all > gathered;
+            gathers ? following->gather(gathered) : work.run(item - gathered);
+        });
     };
     if (op.kind == CONVOLVE) {
         const Convolution<Number> convolution(team.program, op, group, pack, team.size);

@@ -338,8 +338,7 @@ class Schedule:
         gathered = [
             int(row['weight_bytes'])
             for row in self.operations
-            if row['kind'] == CONVOLVE
-            and (table['layer'][row['output']] >= 0 or (self.pair > 1 and table['layer'][row['input']] >= 0))
+            if row['kind'] == CONVOLVE and max(table['layer'][row['output']], table['layer'][row['input']]) >= 0
         ]
         self.pack_bytes = _round_up(max(gathered, default=0) + SLACK, 4096)
 
