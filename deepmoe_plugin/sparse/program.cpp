@@ -39,13 +39,15 @@
 
 constexpr int64_t LANES = 16;          // outputs in a vector
 constexpr int64_t BLOCK = 64;          // outputs whose weights lie together
-constexpr int64_t RUN = 48;            // output pixels that a thread takes at a time
+constexpr int64_t RUN = 56;            // output pixels that a thread takes at a time, at most
+constexpr int64_t SHORT_RUN = 16;      // the same where there is too little to do for all threads otherwise
 constexpr int64_t CACHED = 1 << 18;    // bytes of inputs that stay in the second-level cache
 constexpr int64_t PACKED_ROWS = 128;   // inputs whose weights a thread gathers at a time
+constexpr int64_t MANY_PIXELS = 64;    // from which on gathering pays where only inputs are left out
 constexpr int64_t AHEAD = 8;           // rows between the one that is gathered and the one that is fetched
 #ifdef __AVX512F__
 constexpr int MAX_VECTORS = 4;         // vectors of outputs in a tile
-constexpr int MAX_PIXELS[] = {0, 8, 8, 8, 6};  // pixels in a tile of so many vectors: what the registers hold
+constexpr int MAX_PIXELS[] = {0, 8, 8, 8, 7};  // pixels in a tile of so many vectors: what the registers hold
 #else
 constexpr int MAX_VECTORS = 1;
 constexpr int MAX_PIXELS[] = {0, 6};
@@ -64,6 +66,9 @@ struct Value {
     int64_t image_bytes;  // from one image to the next
     int64_t height, width, channels;
     int64_t layer;        // gated layer whose kept experts it holds; -1: all channels
+    int64_t pad;          // pixels of zeros before the first row and behind each, for kernels that reach beyond
+
+    int64_t pixel(int64_t row, int64_t column) const { return pad + row * (width + pad) + column; }
 };
 
 enum Kind : int64_t { CONVOLVE, POOL, LOAD, WIDEN, SCALE };
@@ -74,8 +79,7 @@ struct Operation {
     int64_t input, output, residual;  // values; residual -1: none
     int64_t kernel_height, kernel_width, pad_height, pad_width;
     int64_t stride_height, stride_width, dilation_height, dilation_width;
-    int64_t span;         // neighbouring pixels that a kernel position reads as if they were channels of one;
-                          // of LOAD, channels that the images have
+    int64_t image_channels;  // of LOAD
     int64_t activation;
     const char* weight;   // (block, kernel position, input, BLOCK), inputs in units; zeros behind the last output
     const float* bias;
@@ -106,6 +110,7 @@ struct Program {
     const Group* groups;
     int64_t num_groups;
     const int64_t* images;
+    int64_t batch;
     const int64_t* layer_starts;  // first expert of each layer, and the number of all
     int64_t num_layers;
     const float* gates;           // (image, expert)
@@ -271,6 +276,21 @@ struct Bfloat16 {
     }
 };
 
+// Some lanes of a vector; the others are zero.
+template <class Number>
+static Vector read_some(const char* place, int64_t lanes) {
+    if (lanes == LANES) return Number::read_vector(place);
+    Vector value = {};
+    for (int64_t lane = 0; lane < lanes; ++lane) value[lane] = Number::read(place + lane * Number::SIZE);
+    return value;
+}
+
+template <class Number>
+static void write_some(char* place, Vector value, int64_t lanes) {
+    if (lanes == LANES) return Number::write_vector(place, value);
+    for (int64_t lane = 0; lane < lanes; ++lane) Number::write(place + lane * Number::SIZE, value[lane]);
+}
+
 // ------------------------------------------------------------------------------------------------ activations
 
 // erf(x) = x P(x^2) / Q(x^2) up to 4, where it is 1 to float rounding. The coefficients are a fit of least relative error,
@@ -311,8 +331,9 @@ struct Convolution {
     const Value* residual;
     int64_t taps, in_units, out_count, in_pitch, out_pitch, pixels, runs, blocks, weight_rows;
     bool gathers, picks;
+    bool whole_rows;                 // kernel positions side by side are one run, of weights and of inputs
 
-    Convolution(const Program& program, const Operation& op, int64_t group_number, char* pack)
+    Convolution(const Program& program, const Operation& op, int64_t group_number, char* pack, int64_t team_size)
         : program(program), op(op), input(program.values[op.input]), output(program.values[op.output]),
           group(program.groups[group_number]), pack(pack) {
         const Kepts kepts(program, group);
@@ -324,45 +345,59 @@ struct Convolution {
         taps = op.kernel_height * op.kernel_width;
         in_pitch = round_up(in_count, Number::PAIR) * Number::SIZE;
         out_pitch = round_up(out_count, Number::PAIR) * Number::SIZE;
-        in_units = ceil_divide(in_count, Number::PAIR) * op.span;
-        weight_rows = ceil_divide(input.channels, Number::PAIR) * op.span;
+        in_units = ceil_divide(in_count, Number::PAIR);
+        weight_rows = ceil_divide(input.channels, Number::PAIR);
         pixels = output.height * output.width;
-        runs = ceil_divide(group.count * pixels, RUN);
         blocks = ceil_divide(out_count, BLOCK);
+        runs = runs_for(team_size);
         const bool some_in = reads && reads->count < input.channels;
-        gathers = (writes && writes->count < output.channels) || (some_in && Number::PAIR > 1);
+        const bool pays = Number::PAIR > 1 || group.count * pixels >= MANY_PIXELS;
+        gathers = (writes && writes->count < output.channels) || (some_in && pays);
         picks = some_in && !gathers;
+        whole_rows = !picks && op.dilation_width == 1;
+        CHECK(op.kernel_width * in_units * 4 <= (int64_t)sizeof(zeros));
+        CHECK(op.pad_width <= input.pad);
+    }
+
+    // Few enough pixels at a time that all threads have about the same to do.
+    int64_t runs_for(int64_t team_size) const {
+        const int64_t all = group.count * pixels, least = ceil_divide(all, RUN);
+        if (team_size == 1 || least * blocks >= 8 * team_size) return least;
+        const int64_t most = std::max(least, all / SHORT_RUN);
+        return std::min(most, round_up(std::max(least, ceil_divide(2 * team_size, blocks)), team_size));
     }
 
     // ------------------------------------------------------------------------------------------- gather
 
-    int64_t row_parts() const { return ceil_divide(in_units, PACKED_ROWS); }
+    // All kernel positions are one row of inputs where no input is left out.
+    int64_t row_length() const { return op.rows ? taps * in_units : in_units; }
+    int64_t row_parts() const { return ceil_divide(row_length(), PACKED_ROWS); }
     int64_t pack_items() const {
         if (!gathers) return 0;
-        return (op.rows ? ceil_divide(out_count, LANES) : ceil_divide(output.channels, BLOCK)) * taps * row_parts();
+        return row_parts() * (op.rows ? ceil_divide(out_count, LANES) : ceil_divide(output.channels, BLOCK) * taps);
     }
 
     // Write the weights of kept inputs and outputs: of some outputs, one kernel position, some inputs.
     void gather(int64_t item) const {
-        const int64_t part = item % row_parts(), tap = item / row_parts() % taps, block = item / row_parts() / taps;
-        const int64_t first = part * PACKED_ROWS, last = std::min(first + PACKED_ROWS, in_units);
+        const int64_t part = item % row_parts(), turn = item / row_parts();
+        const int64_t first = part * PACKED_ROWS, last = std::min(first + PACKED_ROWS, row_length());
         if (op.rows)
-            transpose(block * LANES, tap, first, last);
+            transpose(turn * LANES, first, last);
         else
-            select(block, tap, first, last);
+            select(turn / taps, turn % taps, first, last);
     }
 
     // Of a vector of kept outputs, whose rows are all that is read; they come out as columns.
-    void transpose(int64_t output_number, int64_t tap, int64_t first, int64_t last) const {
+    void transpose(int64_t output_number, int64_t first, int64_t last) const {
         const uint32_t* rows[LANES];
         for (int64_t lane = 0; lane < LANES; ++lane) {
             const int64_t number = output_number + lane;
-            rows[lane] = (const uint32_t*)zeros;
+            rows[lane] = nullptr;
             if (number >= out_count) continue;
-            rows[lane] = (const uint32_t*)op.rows + (writes->index[number] * taps + tap) * in_units;
-            CHECK((const char*)(rows[lane] + in_units) <= op.rows + op.rows_bytes);
+            rows[lane] = (const uint32_t*)op.rows + writes->index[number] * row_length();
+            CHECK((const char*)(rows[lane] + row_length()) <= op.rows + op.rows_bytes);
         }
-        const int64_t place = (output_number / BLOCK * taps + tap) * in_units * BLOCK + output_number % BLOCK;
+        const int64_t place = output_number / BLOCK * row_length() * BLOCK + output_number % BLOCK;
         uint32_t* target = (uint32_t*)pack + place;
         CHECK((place + (last - 1) * BLOCK + LANES) * 4 <= program.pack_bytes);
         int64_t k = first;
@@ -370,7 +405,7 @@ struct Convolution {
             Units units[LANES], mixed[LANES];
 #pragma GCC unroll 16
             for (int lane = 0; lane < LANES; ++lane) {
-                units[lane] = *(const Units*)(rows[lane] + k);
+                units[lane] = rows[lane] ? *(const Units*)(rows[lane] + k) : Units{};
                 __builtin_prefetch(rows[lane] + k + AHEAD * LANES, 0, 2);
             }
             // Four times, vectors that are half of all apart are zipped: rows then have become columns.
@@ -390,7 +425,7 @@ struct Convolution {
             for (int i = 0; i < LANES; ++i) *(Units*)(target + (k + i) * BLOCK) = units[i];
         }
         for (; k < last; ++k)
-            for (int lane = 0; lane < LANES; ++lane) target[k * BLOCK + lane] = rows[lane][k];
+            for (int lane = 0; lane < LANES; ++lane) target[k * BLOCK + lane] = rows[lane] ? rows[lane][k] : 0;
     }
 
     // Of one block of all outputs: rows of closed inputs are not read, closed outputs are squeezed out of the others.
@@ -478,7 +513,7 @@ struct Convolution {
         const int64_t members = std::min(together, runs - first);
         const int64_t block = (item - first * blocks) / members;
         const int64_t run = first + (item - first * blocks) % members;
-        const int64_t begin = run * RUN, end = std::min(begin + RUN, group.count * pixels);
+        const int64_t all = group.count * pixels, begin = all * run / runs, end = all * (run + 1) / runs;
         const int64_t first_image = begin / pixels;
         const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
         const int64_t vectors = ceil_divide(count, LANES);
@@ -504,6 +539,7 @@ struct Convolution {
                                          &gates[0][v * LANES], channel, std::min(out_count - channel, now * LANES));
             }
         }
+        clear_pads(begin, end, block);
     }
 
     template <int V, int P, class... Args>
@@ -514,92 +550,137 @@ struct Convolution {
         if constexpr (P < MAX_PIXELS[V]) {
             if (count > P) return dispatch<V, P + 1>(vectors, count, args...);
         }
-        if (picks) return tile<V, P, true>(args...);
+        if (whole_rows) return tile<V, P, true>(args...);
         tile<V, P, false>(args...);
     }
 
+    struct Pixel {
+        int64_t top;          // input row of the first kernel position
+        const char* base;     // its pixel there
+        char* target;
+        const char* added;
+        const float* gate;
+    };
+
     // P pixels by V vectors of outputs: sums stay in registers until they are written.
-    template <int V, int P, bool PICKS>
-    __attribute__((noinline)) void tile(int64_t from, int64_t first_image, const char* weight, const float* bias, const float* gates, int64_t channel,
-              int64_t count) const {
-        int64_t rows[P], columns[P], places[P], numbers[P];  // of each pixel; its image, its number in that
-        const char* bases[P];
-        for (int p = 0; p < P; ++p) {
-            const int64_t turn = (from + p) / pixels, image = program.images[group.first + turn];
-            const int64_t pixel = from + p - turn * pixels;
-            rows[p] = pixel / output.width * op.stride_height - op.pad_height;
-            columns[p] = pixel % output.width * op.stride_width - op.pad_width;
-            bases[p] = input.data + image * input.image_bytes;
-            places[p] = image;
-            numbers[p] = pixel;
-        }
+    template <int V, int P, bool WHOLE_ROWS>
+    __attribute__((noinline)) void tile(int64_t from, int64_t first_image, const char* weight, const float* bias,
+                                        const float* gates, int64_t channel, int64_t count) const {
+        Pixel tile_pixels[P];
+        locate(tile_pixels, P, from, first_image, gates, channel);
         Vector sums[P][V];
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sums[p][v] = Vector{};
-        const int32_t* index = PICKS ? reads->index : nullptr;
+        const int64_t row_bytes = (input.width + input.pad) * in_pitch * op.dilation_height;
         const int64_t tap_bytes = (gathers ? in_units : weight_rows) * BLOCK * 4;
-        for (int64_t down = 0; down < op.kernel_height; ++down)
-            for (int64_t across = 0; across < op.kernel_width; ++across, weight += tap_bytes) {
-                const uint32_t* x[P];
-                bool any = false;
-                for (int p = 0; p < P; ++p) {
-                    const int64_t row = rows[p] + down * op.dilation_height;
-                    const int64_t column = columns[p] + across * op.dilation_width;
-                    const bool inside = (uint64_t)row < (uint64_t)input.height && (uint64_t)column < (uint64_t)input.width;
-                    x[p] = (const uint32_t*)(inside ? bases[p] + (row * input.width + column) * in_pitch : zeros);
-                    any |= inside;
-                    CHECK(!inside || (const char*)x[p] + in_units * 4 <= bases[p] + input.image_bytes + 64);
-                    CHECK(in_units * 4 <= (int64_t)sizeof(zeros));
-                }
-                if (!any) continue;
-                for (int64_t k = 0; k < in_units; ++k) {
-                    const char* row = weight + (PICKS ? index[k] : k) * BLOCK * 4;
-                    CHECK(gathers || (row >= op.weight && row + V * LANES * 4 <= op.weight + op.weight_bytes));
-                    Units w[V];
-#pragma GCC unroll 4
-                    for (int v = 0; v < V; ++v) w[v] = *(const Units*)(row + v * LANES * 4);
-#pragma GCC unroll 8
-                    for (int p = 0; p < P; ++p) {
-                        const uint32_t value = x[p][k];
-#pragma GCC unroll 4
-                        for (int v = 0; v < V; ++v) sums[p][v] = Number::add_product(sums[p][v], value, w[v]);
-                    }
-                }
+        for (int64_t down = 0; down < op.kernel_height; ++down, weight += tap_bytes * op.kernel_width) {
+            bool inside[P], any = false;
+            for (int p = 0; p < P; ++p) {
+                inside[p] = (uint64_t)(tile_pixels[p].top + down * op.dilation_height) < (uint64_t)input.height;
+                any |= inside[p];
             }
+            if (!any) continue;
+            for (int64_t across = 0; across < (WHOLE_ROWS ? 1 : op.kernel_width); ++across) {
+                const int64_t units = WHOLE_ROWS ? op.kernel_width * in_units : in_units;
+                const int64_t shift = down * row_bytes + across * op.dilation_width * in_pitch;
+                const uint32_t* x[P];
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) {
-            const int64_t inside = numbers[p] * out_pitch + channel * Number::SIZE;
-            const float* gate = gates + ((from + p) / pixels - first_image) * BLOCK;
-            finish<V>(sums[p], bias, gate, places[p] * output.image_bytes + inside,
-                      residual ? places[p] * residual->image_bytes + inside : 0, count);
+                for (int p = 0; p < P; ++p) {
+                    x[p] = (const uint32_t*)(inside[p] ? tile_pixels[p].base + shift : zeros);
+                    CHECK(!inside[p] || (const char*)x[p] >= input.data);
+                    CHECK(!inside[p] || (const char*)(x[p] + units) <= input.data + program.batch * input.image_bytes);
+                }
+                const char* row = weight + across * tap_bytes;
+                if (!WHOLE_ROWS && picks)
+                    add_products<V, P, true>(sums, x, row, units);
+                else
+                    add_products<V, P, false>(sums, x, row, units);
+            }
+        }
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) finish<V>(sums[p], bias, tile_pixels[p], count);
+    }
+
+    // Products of `units` neighbouring inputs of each pixel, whose weights lie in rows of a block, with some left out or not.
+    template <int V, int P, bool PICKS>
+    __attribute__((always_inline)) void add_products(Vector (&sums)[P][V], const uint32_t* const (&x)[P],
+                                                     const char* weight, int64_t units) const {
+        const int32_t* index = PICKS ? reads->index : nullptr;
+        for (int64_t k = 0; k < units; ++k) {
+            const char* row = weight + (PICKS ? index[k] : k) * BLOCK * 4;
+            CHECK(gathers || (row >= op.weight && row + V * LANES * 4 <= op.weight + op.weight_bytes));
+            CHECK(!gathers || (row >= pack && row + V * LANES * 4 <= pack + program.pack_bytes));
+            if (PICKS) {  // no processor guesses which rows come next
+                const char* later = weight + index[std::min(k + AHEAD, units - 1)] * BLOCK * 4;
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) __builtin_prefetch(later + v * LANES * 4);
+            }
+            Units w[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) w[v] = *(const Units*)(row + v * LANES * 4);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) {
+                const uint32_t value = x[p][k];
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) sums[p][v] = Number::add_product(sums[p][v], value, w[v]);
+            }
+        }
+    }
+
+    // Where the pixels of a tile read and write.
+    void locate(Pixel* found, int count, int64_t from, int64_t first_image, const float* gates, int64_t channel) const {
+        int64_t turn = from / pixels, pixel = from - turn * pixels;
+        int64_t row = pixel / output.width, column = pixel - row * output.width;
+        for (int p = 0; p < count; ++p) {
+            const int64_t image = program.images[group.first + turn];
+            const int64_t top = row * op.stride_height - op.pad_height, left = column * op.stride_width - op.pad_width;
+            found[p].top = top;
+            found[p].base = input.data + image * input.image_bytes + input.pixel(top, left) * in_pitch;
+            found[p].target = at(output, image, row, column, channel);
+            found[p].added = residual ? at(*residual, image, row, column, channel) : nullptr;
+            found[p].gate = gates + (turn - first_image) * BLOCK;
+            if (++column < output.width) continue;
+            column = 0;
+            if (++row < output.height) continue;
+            row = 0;
+            ++turn;
+        }
+    }
+
+    char* at(const Value& value, int64_t image, int64_t row, int64_t column, int64_t channel) const {
+        return value.data + image * value.image_bytes + value.pixel(row, column) * out_pitch + channel * Number::SIZE;
+    }
+
+    // Zeros around the rows that end among these pixels, and before the first row of an image; of one block.
+    void clear_pads(int64_t begin, int64_t end, int64_t block) const {
+        const int64_t bytes = std::min(BLOCK * Number::SIZE, out_pitch - block * BLOCK * Number::SIZE);
+        for (int64_t i = begin / output.width; output.pad && i < end / output.width; ++i) {
+            const int64_t image = program.images[group.first + i / output.height], row = i % output.height;
+            for (int64_t p = 0; p < output.pad; ++p) {
+                std::memset(at(output, image, row, output.width + p, block * BLOCK), 0, bytes);
+                if (row == 0) std::memset(at(output, image, 0, p - output.pad, block * BLOCK), 0, bytes);
+            }
         }
     }
 
     // Bias, residual sum, activation, gate.
     template <int V>
-    void finish(const Vector (&sums)[V], const float* bias, const float* gate, int64_t offset, int64_t shift,
-                int64_t count) const {
-        char* target = output.data + offset;
-        const char* added = residual ? residual->data + shift : nullptr;
+    __attribute__((always_inline)) void finish(const Vector (&sums)[V], const float* bias, const Pixel& pixel,
+                                               int64_t count) const {
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             Vector value = sums[v] + *(const Vector*)(bias + v * LANES);
             const int64_t lanes = std::min(LANES, count - v * LANES);
             const int64_t place = v * LANES * Number::SIZE;
-            if (lanes == LANES) {
-                if (added) value += Number::read_vector(added + place);
-                value = activated(value, op.activation);
-                if (writes && op.activation) value *= *(const Vector*)(gate + v * LANES);
-                Number::write_vector(target + place, value);
-                continue;
-            }
-            for (int64_t lane = 0; added && lane < lanes; ++lane) value[lane] += Number::read(added + place + lane * Number::SIZE);
+            char* target = pixel.target + place;
+            const char* added = pixel.added + place;
+            if (residual) value += read_some<Number>(added, lanes);
             value = activated(value, op.activation);
-            if (writes && op.activation) value *= *(const Vector*)(gate + v * LANES);
-            for (int64_t lane = 0; lane < lanes; ++lane) Number::write(target + place + lane * Number::SIZE, value[lane]);
-            if (Number::PAIR > 1 && lanes % 2) Number::write(target + place + lanes * Number::SIZE, 0.0f);
+            if (writes && op.activation) value *= *(const Vector*)(pixel.gate + v * LANES);
+            write_some<Number>(target, value, lanes);
+            if (Number::PAIR > 1 && lanes % 2) Number::write(target + lanes * Number::SIZE, 0.0f);
         }
     }
 };
@@ -633,50 +714,48 @@ struct Simple {
     void run(int64_t item) const {
         const int64_t image = program.images[group.first + item / output.height], row = item % output.height;
         const char* from = input.data + image * input.image_bytes;
-        char* to = output.data + image * output.image_bytes + row * output.width * out_pitch;
+        char* to = output.data + image * output.image_bytes + output.pixel(row, 0) * out_pitch;
+        if (row == 0) std::memset(to - output.pad * out_pitch, 0, output.pad * out_pitch);
+        std::memset(to + output.width * out_pitch, 0, output.pad * out_pitch);
         if (op.kind == LOAD) return load(image, row, to);
         for (int64_t column = 0; column < output.width; ++column, to += out_pitch) {
             if (op.kind == POOL)
                 pool(from, row, column, to);
             else
-                spread(from + (row * output.width + column) * in_pitch, image, to);
+                spread(from + input.pixel(row, column) * in_pitch, image, to);
         }
     }
 
-    // An image as it was given, with `pad` zeros on each side; behind the last channel too, where channels come in pairs.
+    // A row of an image as it was given; zeros behind the last channel where channels come in pairs.
     void load(int64_t image, int64_t row, char* to) const {
         const int64_t* strides = program.source_strides;
-        const int64_t height = output.height - 2 * op.pad_height, width = output.width - 2 * op.pad_width;
         std::memset(to, 0, output.width * out_pitch);
-        if (row < op.pad_height || row >= op.pad_height + height) return;
-        const char* from = program.source + (image * strides[0] + (row - op.pad_height) * strides[2]) * Number::SIZE;
-        to += op.pad_width * out_pitch;
-        for (int64_t channel = 0; channel < op.span; ++channel)
-            for (int64_t column = 0; column < width; ++column)
+        const char* from = program.source + (image * strides[0] + row * strides[2]) * Number::SIZE;
+        for (int64_t channel = 0; channel < op.image_channels; ++channel)
+            for (int64_t column = 0; column < output.width; ++column)
                 std::memcpy(to + column * out_pitch + channel * Number::SIZE,
                             from + (channel * strides[1] + column * strides[3]) * Number::SIZE, Number::SIZE);
     }
 
-    // The largest value under the kernel; channels that the input does not have are zero.
+    // The largest value under the kernel, NaN if there is one; channels that the input does not have are zero.
     void pool(const char* from, int64_t row, int64_t column, char* to) const {
+        const int64_t top = row * op.stride_height - op.pad_height, left = column * op.stride_width - op.pad_width;
         const int64_t count = std::min(in_count, out_count);
-        bool first = true;
-        for (int64_t down = 0; down < op.kernel_height; ++down)
-            for (int64_t across = 0; across < op.kernel_width; ++across) {
-                const int64_t y = row * op.stride_height - op.pad_height + down * op.dilation_height;
-                const int64_t x = column * op.stride_width - op.pad_width + across * op.dilation_width;
-                if (y < 0 || y >= input.height || x < 0 || x >= input.width) continue;
-                const char* pixel = from + (y * input.width + x) * in_pitch;
-                if (first) {
-                    std::memcpy(to, pixel, count * Number::SIZE);
+        for (int64_t c = 0; c < count; c += LANES) {
+            const int64_t lanes = std::min(LANES, count - c);
+            Vector best;
+            bool first = true;
+            for (int64_t down = 0; down < op.kernel_height; ++down)
+                for (int64_t across = 0; across < op.kernel_width; ++across) {
+                    const int64_t y = top + down * op.dilation_height, x = left + across * op.dilation_width;
+                    if (y < 0 || y >= input.height || x < 0 || x >= input.width) continue;
+                    const Vector value = read_some<Number>(from + input.pixel(y, x) * in_pitch + c * Number::SIZE, lanes);
+                    const auto larger = (value > best) | (value != value);
+                    best = first ? value : larger ? value : best;
                     first = false;
-                    continue;
                 }
-                for (int64_t c = 0; c < count; ++c) {
-                    const float value = Number::read(pixel + c * Number::SIZE), best = Number::read(to + c * Number::SIZE);
-                    Number::write(to + c * Number::SIZE, value > best || value != value ? value : best);
-                }
-            }
+            write_some<Number>(to + c * Number::SIZE, best, lanes);
+        }
         std::memset(to + count * Number::SIZE, 0, out_pitch - count * Number::SIZE);
     }
 
@@ -703,13 +782,19 @@ static void step(Team& team, const Operation& op, int64_t group, const Operation
     char* pack = team.pack[number % 2];
     char* next_pack = team.pack[(number + 1) % 2];
     std::optional<Convolution<Number>> following;
-    if (next && next->kind == CONVOLVE && team.size > 1) following.emplace(team.program, *next, next_group, next_pack);
+    if (next && next->kind == CONVOLVE && team.size > 1) following.emplace(team.program, *next, next_group, next_pack, team.size);
     const int64_t more = following ? following->pack_items() : 0;
     const auto together = [&](int64_t own, const auto& work) {
-        team.share(own + more, [&](int64_t item) { item < own ? work.run(item) : following->gather(item - own); });
+        // One thread gathers, which is a matter of memory, while others multiply; what is left fills the end.
+        const int64_t early = more / 2, all = own + early;
+        team.share(own + more, [&](int64_t item) {
+            const int64_t gathered = item < all ? item * early / all : item - own;
+            const bool gathers = item >= all || (item + 1) * early / all > gathered;
+            gathers ? following->gather(gathered) : work.run(item - gathered);
+        });
     };
     if (op.kind == CONVOLVE) {
-        const Convolution<Number> convolution(team.program, op, group, pack);
+        const Convolution<Number> convolution(team.program, op, group, pack, team.size);
         if (team.size == 1)
             for (int64_t item = 0; item < convolution.pack_items(); ++item) convolution.gather(item);
         together(convolution.run_items(), convolution);
@@ -737,7 +822,7 @@ static void run_part(Team team, const Part& part, int64_t first_group, int64_t b
         int64_t group;
         at(0, op, group);
         if (op->kind == CONVOLVE) {
-            const Convolution<Number> convolution(program, *op, group, team.pack[0]);
+            const Convolution<Number> convolution(program, *op, group, team.pack[0], team.size);
             if (convolution.pack_items()) {
                 team.share(convolution.pack_items(), [&](int64_t item) { convolution.gather(item); });
                 team.meet();

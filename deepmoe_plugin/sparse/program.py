@@ -33,22 +33,20 @@ BLOCK = 64
 """Outputs whose weights lie together, as in program.cpp."""
 SLACK = 64
 """Bytes behind every value, which a product may read but does not use."""
-SPAN = 16
-"""Channels below which kernel positions side by side are read as one: of images, for one."""
 MAX_INPUTS = 2**14
-"""Inputs of a convolution, at most: program.cpp has as many zeros to read beyond the border of an image."""
+"""Inputs of a row of a kernel, at most: program.cpp has as many zeros to read beyond the border of an image."""
 MAX_SCHEDULES = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
 CONVOLVE, POOL, LOAD, WIDEN, SCALE = range(5)
 ACTIVATIONS = ('', 'relu', 'gelu')
-VALUES = np.dtype([(name, np.int64) for name in ('data', 'image_bytes', 'height', 'width', 'channels', 'layer')])
+VALUES = np.dtype([(name, np.int64) for name in ('data', 'image_bytes', 'height', 'width', 'channels', 'layer', 'pad')])
 OPERATIONS = np.dtype(
     [
         (name, np.int64)
         for name in (
             *('kind', 'input', 'output', 'residual', 'kernel_height', 'kernel_width', 'pad_height', 'pad_width'),
-            *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'span', 'activation'),
+            *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'image_channels', 'activation'),
             *('weight', 'bias', 'weight_bytes', 'rows', 'rows_bytes'),
         )
     ]
@@ -67,7 +65,7 @@ class _Header(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ('values', 'operations', 'parts', 'num_parts', 'groups', 'num_groups')),
-        *((name, ctypes.c_int64) for name in ('images', 'layer_starts', 'num_layers', 'gates', 'source')),
+        *((name, ctypes.c_int64) for name in ('images', 'batch', 'layer_starts', 'num_layers', 'gates', 'source')),
         ('source_strides', ctypes.c_int64 * 4),
         *((name, ctypes.c_int64) for name in ('rooms', 'room_bytes', 'pack_bytes')),
         *((name, ctypes.c_int64) for name in ('num_threads', 'is_bfloat16', 'thread_number', 'thread_count')),
@@ -98,22 +96,12 @@ class PackedWeight:
         bias: (outputs,), float32.
         rows: the same as (output, kernel position, input), of convolutions whose outputs are selected and whose inputs
             are not: of closed outputs nothing is read then.
-        span: kernel positions that are read as one, whose inputs then follow each other.
     """
 
-    def __init__(self, operation: Convolve, of_images: bool = False, selects_outputs: bool = False) -> None:
+    def __init__(self, operation: Convolve, selects_outputs: bool = False) -> None:
         weight, bias = operation.folded()
         outputs, inputs, height, width = weight.shape
         pair = 4 // weight.element_size()
-        spans = of_images and operation.geometry.dilation[1] == 1 and inputs < SPAN
-        self.span = width if spans else 1
-        self.of_images = of_images
-        if spans:
-            inputs = _round_up(inputs, pair)
-            full = weight.new_zeros(outputs, inputs, height, width)
-            full[:, : weight.shape[1]] = weight
-            weight = full.permute(0, 3, 1, 2).reshape(outputs, width * inputs, height, 1)
-            inputs, width = width * inputs, 1
         taps, blocks = height * width, -(-outputs // BLOCK)
         padded = _round_up(inputs, pair)
         self.blocks = buffer(blocks * taps * padded * BLOCK, weight.dtype)
@@ -136,15 +124,8 @@ def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-@dataclasses.dataclass
 class Load(Operation):
-    """The images as native code reads them, with zeros around them.
-
-    Attributes:
-        pad: zeros on each side, (vertical, horizontal).
-    """
-
-    pad: tuple[int, int] = (0, 0)
+    """The images as native code reads them."""
 
 
 class Shape(NamedTuple):
@@ -174,7 +155,6 @@ class Program:
         self.weights = {
             op.output: PackedWeight(
                 op,
-                of_images=op.inputs == [trace.image],
                 selects_outputs=op.layer is not None and layers.get(op.inputs[0]) is None,
             )
             for op in convolutions
@@ -211,6 +191,7 @@ class Schedule:
         self.image = program.trace.image
         self.shapes = {self.image: Shape(*x.shape[1:])}
         self.layers: dict[str, int | None] = {self.image: None}
+        self.pads: dict[str, int] = {}  # pixels of zeros around the rows of a value
         found = cut(program.trace, program.widths.tolist(), wanted)
         self.wanted, self.separate = found.wanted, found.separate
         self.steps: list[list[Part] | Call] = []  # parts that one native call runs, or a call of torch
@@ -247,10 +228,12 @@ class Schedule:
                     self._note(op, Shape(*op.function(self._zeros(op.inputs[0])).shape[1:]))
                     self.steps.append(op)
                     continue
-                pad = op.geometry.padding if isinstance(op, Convolve) else (0, 0)
-                op = dataclasses.replace(op, inputs=[self._load(pad) if n == self.image else n for n in op.inputs])
-                if isinstance(op, Convolve) and op.residual == self.image:
-                    op.residual = self._load((0, 0))
+                op = dataclasses.replace(op, inputs=[self._load() if n == self.image else n for n in op.inputs])
+                if isinstance(op, Convolve):
+                    if op.residual == self.image:
+                        op.residual = self._load()
+                    pad = op.geometry.padding[1]
+                    self.pads[op.inputs[0]] = max(self.pads.get(op.inputs[0], 0), pad)
                 self._note(op, self._shape(op))
                 operations.append(op)
             self._append(Part(operations, step.segment))
@@ -268,29 +251,23 @@ class Schedule:
         self.layers[op.output] = op.layer
         self.shapes[op.output] = shape
 
-    def _load(self, pad: tuple[int, int]) -> str:
-        """The images with these zeros around them."""
-        name = f'{self.image}_{pad[0]}_{pad[1]}'
+    def _load(self) -> str:
+        """The images as native code reads them."""
+        name = f'{self.image}_loaded'
         if name not in self.shapes:
-            channels, height, width = self.shapes[self.image]
-            op = Load([], name, pad=pad)
-            self._note(op, Shape(channels, height + 2 * pad[0], width + 2 * pad[1]))
+            op = Load([], name)
+            self._note(op, self.shapes[self.image])
             self._append(Part([op], None))
         return name
 
     def _shape(self, op: Operation) -> Shape:
         channels, height, width = self.shapes[op.inputs[0]]
         if isinstance(op, Convolve):
-            size = out_size((height, width), *self._geometry(op))
+            size = out_size((height, width), *op.geometry)
             return Shape(num_outputs(op.conv), *size)
         if isinstance(op, Pool):
             return Shape(channels + op.extra_channels, *out_size((height, width), *op.window))
         return Shape(channels, height, width)
-
-    def _geometry(self, op: Convolve) -> Geometry:
-        """How a kernel moves; images come with their zeros around them."""
-        of_images = self.program.weights[op.output].of_images
-        return op.geometry._replace(padding=(0, 0)) if of_images else op.geometry
 
     def _zeros(self, name: str) -> Tensor:
         return torch.zeros(1, *self.shapes[name], dtype=self.dtype)
@@ -306,19 +283,17 @@ class Schedule:
         row['input'] = self.numbers[op.inputs[0]] if op.inputs else -1
         if isinstance(op, Convolve):
             weight = self.program.weights[op.output]
-            row.update(kind=CONVOLVE, **_geometry(*self._geometry(op)))
-            row.update(span=weight.span, activation=ACTIVATIONS.index(op.activation), weight_bytes=weight.blocks.nbytes)
-            row.update(weight=weight.blocks.data_ptr(), bias=weight.bias.data_ptr())
+            row.update(kind=CONVOLVE, **_geometry(*op.geometry))
+            row.update(activation=ACTIVATIONS.index(op.activation), bias=weight.bias.data_ptr())
+            row.update(weight=weight.blocks.data_ptr(), weight_bytes=weight.blocks.nbytes)
             if weight.rows is not None:
                 row.update(rows=weight.rows.data_ptr(), rows_bytes=weight.rows.nbytes)
-            if weight.span > 1:
-                row['kernel_width'] = 1
             if op.residual:
                 row['residual'] = self.numbers[op.residual]
         elif isinstance(op, Pool):
             row.update(kind=POOL, **_geometry(*op.window))
         elif isinstance(op, Load):
-            row.update(kind=LOAD, pad_height=op.pad[0], pad_width=op.pad[1], span=self.shapes[self.image].channels)
+            row.update(kind=LOAD, image_channels=self.shapes[self.image].channels)
         else:
             row['kind'] = SCALE if isinstance(op, Scale) else WIDEN
         return row
@@ -344,8 +319,9 @@ class Schedule:
         for i, name in enumerate(self.values):
             channels, height, width = self.shapes[name]
             layer = self.layers[name]
-            image_bytes = height * width * _round_up(channels, self.pair) * size
-            table[i] = (0, image_bytes, height, width, channels, -1 if layer is None else layer)
+            pad = self.pads.get(name, 0)
+            image_bytes = (pad + height * (width + pad)) * _round_up(channels, self.pair) * size
+            table[i] = (0, image_bytes, height, width, channels, -1 if layer is None else layer, pad)
             if i in self.outside:
                 continue
             begin, end = times[name]
@@ -362,8 +338,7 @@ class Schedule:
         gathered = [
             int(row['weight_bytes'])
             for row in self.operations
-            if row['kind'] == CONVOLVE
-            and (table['layer'][row['output']] >= 0 or (self.pair > 1 and table['layer'][row['input']] >= 0))
+            if row['kind'] == CONVOLVE and max(table['layer'][row['output']], table['layer'][row['input']]) >= 0
         ]
         self.pack_bytes = _round_up(max(gathered, default=0) + SLACK, 4096)
 
@@ -426,6 +401,7 @@ class Schedule:
             groups=table.ctypes.data,
             num_groups=len(table),
             images=groups.images.ctypes.data,
+            batch=self.batch,
             layer_starts=program.layer_starts.ctypes.data,
             num_layers=len(program.widths),
             gates=packed.data_ptr(),
@@ -446,22 +422,31 @@ class Schedule:
             header.num_parts = len(step)
             first += len(step)
             _run(program.library, header)
-        return [found[name] for name in self.wanted]
+        return [self._given(name, found[name]) for name in self.wanted]
+
+    def _given(self, name: str, value: Tensor) -> Tensor:
+        """A value for the caller, without what lies around its rows."""
+        return value.contiguous(memory_format=torch.channels_last) if self.pads.get(name) else value
 
     def _allocate(self, name: str, row: Any) -> Tensor:
-        channels, height, width = self.shapes[name]
-        memory = torch.empty(self.batch, height, width, _round_up(channels, self.pair), dtype=self.dtype)
+        # Zeros: rows may have some around them, and pixels behind the last channel, that torch does not write.
+        memory = torch.zeros(self.batch * int(row['image_bytes']), dtype=torch.uint8)
         row['data'] = memory.data_ptr()
-        return memory.permute(0, 3, 1, 2)[:, :channels]
+        return self._tensor(name, memory)
 
     def _view(self, name: str, memory: Tensor, start: int) -> Tensor:
         """A value in planned memory as a tensor."""
+        row = self.table[self.numbers[name]]
+        offset = start - memory.data_ptr() + int(row['data'])
+        return self._tensor(name, memory[offset : offset + self.batch * int(row['image_bytes'])])
+
+    def _tensor(self, name: str, memory: Tensor) -> Tensor:
+        """A value as a tensor (B, C, H, W) that leaves out the zeros around the rows."""
         channels, height, width = self.shapes[name]
-        pitch = _round_up(channels, self.pair)
-        offset = start - memory.data_ptr() + int(self.table['data'][self.numbers[name]])
-        count = self.batch * height * width * pitch
-        flat = memory[offset : offset + count * self.dtype.itemsize].view(self.dtype)
-        return flat.view(self.batch, height, width, pitch).permute(0, 3, 1, 2)[:, :channels]
+        pitch, pad = _round_up(channels, self.pair), self.pads.get(name, 0)
+        flat = memory.view(self.dtype)
+        strides = (len(flat) // self.batch, 1, (width + pad) * pitch, pitch)
+        return flat.as_strided((self.batch, channels, height, width), strides, flat.storage_offset() + pad * pitch)
 
     def _call(
         self,
@@ -493,17 +478,18 @@ class Schedule:
     def _call_each(self, op: Call, source: Tensor, target: Tensor, counts: np.ndarray) -> None:
         """The same image by image, on kept channels only."""
         for image, count in enumerate(counts[:, op.layer].tolist()):
-            given, written = (_compact(value, image, count, self.pair) for value in (source, target))
-            written.zero_()
+            given = self._compact(op.inputs[0], source, image, count)
+            written = self._compact(op.output, target, image, count, clear=True)
             written[:, :count] = op.function(given[:, :count])
 
-
-def _compact(value: Tensor, image: int, count: int, pair: int) -> Tensor:
-    """The memory of one image of a value (B, C, H, W), filled with so many channels, (1, C', H, W)."""
-    _, _, height, width = value.shape
-    pitch = _round_up(count, pair)
-    strides = (1, 1, width * pitch, pitch)
-    return value.as_strided((1, pitch, height, width), strides, value.storage_offset() + image * value.stride(0))
+    def _compact(self, name: str, value: Tensor, image: int, count: int, clear: bool = False) -> Tensor:
+        """The memory of one image of a value (B, C, H, W), filled with so many channels, (1, C', H, W)."""
+        _, _, height, width = value.shape
+        pad, pitch = self.pads.get(name, 0), _round_up(count, self.pair)
+        start = value.storage_offset() - pad * value.stride(3) + image * value.stride(0)
+        if clear:
+            value.as_strided(((pad + height * (width + pad)) * pitch,), (1,), start).zero_()
+        return value.as_strided((1, pitch, height, width), (1, 1, (width + pad) * pitch, pitch), start + pad * pitch)
 
 
 class Groups:
