@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).with_name('program.cpp')
+PARTS = (SOURCE, SOURCE.with_name('channelwise.hpp'))
 FLAGS = ('-std=c++17', '-O2', '-march=native', '-ffp-contract=fast', '-fPIC', '-shared')
 CHECKED = 'DEEPMOE_CHECKED'
 """Environment variable: where set, every address is compared with the memory that it must lie in, and the process ends
@@ -65,7 +66,7 @@ def _found() -> tuple[Any, str]:
 def _built(command: str, flags: tuple[str, ...]) -> Path:
     """The library, from the cache folder or built anew; written aside first, as other processes may build it too."""
     # A home folder may be shared by different machines.
-    facts = [SOURCE.read_text(), command, *flags, platform.machine(), *features()]
+    facts = [*(part.read_text() for part in PARTS), command, *flags, platform.machine(), *features()]
     facts.append(subprocess.run([command, '--version'], capture_output=True, text=True, check=True).stdout)
     name = hashlib.sha256('\n'.join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / f'program-{name}.so'

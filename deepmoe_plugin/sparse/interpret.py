@@ -15,7 +15,7 @@ from .conv import GatherConv, WeightCache
 from .parts import Cut, Part, Widen, cut
 from .plan import LIMIT, Group, Kept, Plan, Segment
 from .ragged import RaggedKept
-from .trace import Call, Convolve, Operation, Pool, Scale, Trace
+from .trace import Call, Convolve, Depthwise, Operation, Pool, Scale, Trace
 
 
 class Interpreter:
@@ -121,6 +121,13 @@ class Interpreter:
                 result = F.gelu(result)
                 return result if gate is None else _scaled(result, kept_out, gate)
             return result
+        if isinstance(op, Depthwise):
+            result = inputs[0] if op.conv is None else op.conv(inputs[0])
+            if op.norm is None:
+                return result
+            norm = op.norm
+            result = F.layer_norm(result.permute(0, 2, 3, 1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            return result.permute(0, 3, 1, 2)
         if isinstance(op, Pool):
             kernel, padding, stride, dilation = op.window
             pooled = F.max_pool2d(inputs[0], kernel, stride, padding, dilation)

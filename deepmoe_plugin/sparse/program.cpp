@@ -6,7 +6,7 @@
 //
 // All numbers that products are made of are units of 32 bits: one channel in float32, two neighbours in bfloat16. Plain
 // vector types of GCC and Clang are used, so that the code runs wherever they do; AVX-512 has shorter ways here and
-// there. One file, so that one call of a compiler builds it.
+// there. One call of a compiler builds it.
 
 #include <algorithm>
 #include <atomic>
@@ -71,7 +71,7 @@ struct Value {
     int64_t pixel(int64_t row, int64_t column) const { return pad + row * (width + pad) + column; }
 };
 
-enum Kind : int64_t { CONVOLVE, POOL, LOAD, WIDEN, SCALE };
+enum Kind : int64_t { CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE };
 enum Activation : int64_t { NONE, RELU, GELU };
 
 struct Operation {
@@ -81,10 +81,12 @@ struct Operation {
     int64_t stride_height, stride_width, dilation_height, dilation_width;
     int64_t image_channels;  // of LOAD
     int64_t activation;
-    const char* weight;   // (block, kernel position, input, BLOCK), inputs in units; zeros behind the last output
+    const char* weight;   // (block, kernel position, input, BLOCK), inputs in units; zeros behind the last output;
+                          // of DEPTHWISE (kernel position, channel), float32, zeros behind the last; null: only a norm
     const float* bias;
     int64_t weight_bytes;
-    const char* rows;     // the same as (output, kernel position, input), if outputs are selected and inputs are not
+    const char* rows;     // the same as (output, kernel position, input), if outputs are selected and inputs are not;
+                          // of DEPTHWISE weights, biases and epsilon of the norm over channels, null without one
     int64_t rows_bytes;
 };
 
@@ -774,6 +776,8 @@ struct Simple {
     }
 };
 
+#include "channelwise.hpp"
+
 // -------------------------------------------------------------------------------------------------- program
 
 // One operation for one group; the team gathers the weights of the next one with what is left of its time.
@@ -798,6 +802,9 @@ static void step(Team& team, const Operation& op, int64_t group, const Operation
         if (team.size == 1)
             for (int64_t item = 0; item < convolution.pack_items(); ++item) convolution.gather(item);
         together(convolution.run_items(), convolution);
+    } else if (op.kind == DEPTHWISE) {
+        const Channelwise<Number> channelwise(team.program, op, group);
+        together(channelwise.items(), channelwise);
     } else {
         const Simple<Number> simple(team.program, op, group);
         together(simple.items(), simple);

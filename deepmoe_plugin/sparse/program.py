@@ -23,14 +23,16 @@ from torch import Tensor
 from ..experts import num_outputs
 from . import build
 from .conv import out_size
-from .fold import Geometry
+from .fold import geometry_of
 from .memory import Workspace, buffer
 from .parts import Part, cut, reads_of
 from .plan import LIMIT, partition
-from .trace import Call, Convolve, Operation, Pool, Scale, Trace
+from .trace import Call, Convolve, Depthwise, Operation, Pool, Scale, Trace
 
 BLOCK = 64
 """Outputs whose weights lie together, as in program.cpp."""
+LANES = 16
+"""Channels in a vector, as in program.cpp."""
 SLACK = 64
 """Bytes behind every value, which a product may read but does not use."""
 MAX_INPUTS = 2**14
@@ -38,7 +40,7 @@ MAX_INPUTS = 2**14
 MAX_SCHEDULES = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
-CONVOLVE, POOL, LOAD, WIDEN, SCALE = range(5)
+CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE = range(6)
 ACTIVATIONS = ('', 'relu', 'gelu')
 VALUES = np.dtype([(name, np.int64) for name in ('data', 'image_bytes', 'height', 'width', 'channels', 'layer', 'pad')])
 OPERATIONS = np.dtype(
@@ -120,6 +122,33 @@ class PackedWeight:
             self.rows.view(outputs, taps, padded).copy_(torch.nn.functional.pad(ordered, (0, padded - inputs)))
 
 
+class ChannelWeight:
+    """A depthwise convolution and a norm over channels, as native code reads them: float32, channels in whole vectors.
+
+    Attributes:
+        taps: (kernel position, channel); None: only a norm.
+        bias: (channel,).
+        norm: (3, channel), the weights, the biases and, first in the last row, epsilon; None: only a convolution.
+    """
+
+    def __init__(self, operation: Depthwise) -> None:
+        conv, norm = operation.conv, operation.norm
+        self.taps, self.bias, self.norm = None, None, None
+        if conv is not None:
+            self.taps = _in_vectors(conv.weight.detach().flatten(1).t())
+            self.bias = _in_vectors((conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias)[None])
+        if norm is not None:
+            ones = torch.ones(norm.normalized_shape)
+            rows = (ones if norm.weight is None else norm.weight, 0 * ones if norm.bias is None else norm.bias)
+            self.norm = _in_vectors(torch.stack([*(row.detach().float() for row in rows), norm.eps * ones]))
+
+
+def _in_vectors(rows: Tensor) -> Tensor:
+    """Rows of channels (R, C) with zeros up to the end of the last vector."""
+    channels = rows.shape[1]
+    return torch.nn.functional.pad(rows.detach().float(), (0, _round_up(channels, LANES) - channels)).contiguous()
+
+
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
@@ -159,6 +188,7 @@ class Program:
             )
             for op in convolutions
         }
+        self.channel_weights = {op.output: ChannelWeight(op) for op in trace.operations if isinstance(op, Depthwise)}
         self._schedules: OrderedDict[tuple[object, ...], Schedule] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -229,10 +259,10 @@ class Schedule:
                     self.steps.append(op)
                     continue
                 op = dataclasses.replace(op, inputs=[self._load() if n == self.image else n for n in op.inputs])
-                if isinstance(op, Convolve):
-                    if op.residual == self.image:
-                        op.residual = self._load()
-                    pad = op.geometry.padding[1]
+                if isinstance(op, Convolve) and op.residual == self.image:
+                    op.residual = self._load()
+                if isinstance(op, Convolve | Depthwise) and op.conv is not None:
+                    pad = geometry_of(op.conv).padding[1]
                     self.pads[op.inputs[0]] = max(self.pads.get(op.inputs[0], 0), pad)
                 self._note(op, self._shape(op))
                 operations.append(op)
@@ -265,6 +295,8 @@ class Schedule:
         if isinstance(op, Convolve):
             size = out_size((height, width), *op.geometry)
             return Shape(num_outputs(op.conv), *size)
+        if isinstance(op, Depthwise) and op.conv is not None:
+            return Shape(channels, *out_size((height, width), *geometry_of(op.conv)))
         if isinstance(op, Pool):
             return Shape(channels + op.extra_channels, *out_size((height, width), *op.window))
         return Shape(channels, height, width)
@@ -290,6 +322,14 @@ class Schedule:
                 row.update(rows=weight.rows.data_ptr(), rows_bytes=weight.rows.nbytes)
             if op.residual:
                 row['residual'] = self.numbers[op.residual]
+        elif isinstance(op, Depthwise):
+            own = self.program.channel_weights[op.output]
+            row.update(kind=DEPTHWISE)
+            if own.taps is not None and own.bias is not None:
+                row.update(**_geometry(*geometry_of(op.conv)), bias=own.bias.data_ptr())
+                row.update(weight=own.taps.data_ptr(), weight_bytes=own.taps.nbytes)
+            if own.norm is not None:
+                row.update(rows=own.norm.data_ptr(), rows_bytes=own.norm.nbytes)
         elif isinstance(op, Pool):
             row.update(kind=POOL, **_geometry(*op.window))
         elif isinstance(op, Load):

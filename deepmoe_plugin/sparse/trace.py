@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import GELU, BlurPool2d, DropBlock2d, DropPath
+from timm.layers import GELU, BlurPool2d, DropBlock2d, DropPath, LayerNorm, LayerNorm2d
 from torch import Tensor, fx, nn
 
 from ..activation import GatedActivation
@@ -88,6 +88,21 @@ class Pool(Operation):
 
     window: tuple[tuple[int, int], ...] = ()
     extra_channels: int = 0
+
+
+@dataclasses.dataclass
+class Depthwise(Operation):
+    """`norm(conv(x))` of all channels, each only if there is one.
+
+    Attributes:
+        conv: a convolution with one filter for each channel.
+        norm: a layer norm over the channels of each pixel.
+    """
+
+    modules = ('conv', 'norm')
+
+    conv: Any = None
+    norm: Any = None
 
 
 @dataclasses.dataclass
@@ -320,6 +335,10 @@ class _Lowering:
             self._alias(node, first, conv)
         elif _is_convolution(module):
             self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
+        elif _is_depthwise(module) and self.layers.get(self._value(first)) is None:
+            self._emit(Depthwise([self._value(first)], node.name, conv=module))
+        elif _is_layer_norm(module, LayerNorm2d):
+            self._layer_norm(node, module, first)
         elif module is not None and conv is not None and conv.norm is None and _is_norm(module, conv):
             self._extend(node, conv, norm=module)
         elif is_plain(module, GatedActivation):
@@ -349,6 +368,8 @@ class _Lowering:
             self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
         elif is_plain(module, GatedActivation):
             self._gate(node, module, conv)
+        elif _is_layer_norm(module, LayerNorm, nn.LayerNorm):
+            self._layer_norm(node, module, first)
         elif isinstance(module, nn.LayerNorm) or node.target in self.late_norms:
             self._call(node, module)
         else:  # a true permutation
@@ -388,6 +409,19 @@ class _Lowering:
             self._emit(Scale([active], node.name, layer))
         else:
             self._call(node, module)
+
+    def _layer_norm(self, node: fx.Node, module: nn.Module, first: fx.Node) -> None:
+        """A norm over channels, which a depthwise convolution before it takes up."""
+        value = self._value(first)
+        if self.layers.get(value) is not None:
+            return self._call(node, module)
+        known = [other for other, name in self.names.items() if name == value]
+        alone = all(len(other.users) == 1 and other not in self.tapped for other in known)
+        last = self.operations[-1] if self.operations else None
+        if alone and isinstance(last, Depthwise) and last.output == value and last.norm is None:
+            self.operations.pop()
+            return self._emit(dataclasses.replace(last, output=node.name, norm=module))
+        self._emit(Depthwise([value], node.name, norm=module))
 
     def _add(self, node: fx.Node) -> None:
         operands = node.args
@@ -435,6 +469,21 @@ def _is_convolution(module: Any) -> bool:
         and module.padding_mode == 'zeros'
         and not isinstance(module.padding, str)
     )
+
+
+def _is_depthwise(module: Any) -> bool:
+    """Whether a module is a convolution with one filter for each channel that has an operation of its own."""
+    return (
+        is_plain(module, nn.Conv2d)
+        and module.groups == module.in_channels == module.out_channels > 1
+        and module.padding_mode == 'zeros'
+        and not isinstance(module.padding, str)
+    )
+
+
+def _is_layer_norm(module: Any, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is a norm over channels that has an operation of its own."""
+    return is_plain(module, *kinds) and len(module.normalized_shape) == 1
 
 
 def _is_norm(module: Any, conv: Convolve) -> bool:
