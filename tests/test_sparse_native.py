@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import deepmoe_plugin
 from deepmoe_plugin.sparse import build, program
 from deepmoe_plugin.sparse.program import OPERATIONS, VALUES, PackedWeight, Program
-from deepmoe_plugin.sparse.trace import Convolve, Operation, Pool, Scale, Trace
+from deepmoe_plugin.sparse.trace import Convolve, Depthwise, Operation, Pool, Scale, Trace
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason='needs a C++ compiler and the OpenMP library of GNU')
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -41,6 +41,22 @@ def convolution(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, conv: nn.Co
         for column in range(kw):
             part = x[:, :, row * dh :: sh, column * dw :: sw][:, :, :height, :width]
             result += np.einsum('bchw,oc->bohw', part, weight[:, :, row, column])
+    return result
+
+
+def depthwise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, conv: nn.Conv2d) -> np.ndarray:
+    """A convolution in which each channel reads itself only; weight (C, 1, kh, kw)."""
+    channels = len(weight)
+    own = np.eye(channels)[:, :, None, None] * weight
+    return convolution(x, own, np.zeros(channels) + bias, conv)
+
+
+def layer_norm(x: np.ndarray, norm: nn.LayerNorm) -> np.ndarray:
+    """Each pixel's channels to a mean of zero and a variance of one, times weights, plus biases."""
+    result = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + norm.eps)
+    if norm.elementwise_affine:
+        weight, bias = (part.detach().double().numpy()[:, None, None] for part in (norm.weight, norm.bias))
+        result = result * weight + bias
     return result
 
 
@@ -128,6 +144,34 @@ def test_convolutions(
     assert close(run(operations, x, gates, 'a'), a, dtype)
     assert close(run(operations, x, gates, 'b'), b, dtype)
     assert close(run(operations, x, gates, 'c'), np.maximum(c, 0), dtype)
+
+
+@torch.no_grad()
+@dtypes
+@pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7)), (2, (11, 30))])
+@pytest.mark.parametrize('channels', [5, 16, 75])
+@pytest.mark.parametrize(
+    'geometry', [dict(kernel_size=7, padding=3), dict(stride=2), dict(padding=2, dilation=2), dict(bias=False)], ids=str
+)
+def test_depthwise_convolutions_and_layer_norms(
+    geometry: dict[str, Any], channels: int, batch: int, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    conv = random_conv(channels, channels, dtype, groups=channels, **geometry)
+    norm, plain = nn.LayerNorm(channels, eps=1e-3, dtype=dtype), nn.LayerNorm(channels, elementwise_affine=False)
+    for parameter in norm.parameters():
+        parameter.normal_()
+    x = torch.randn(batch, channels, *size).to(dtype)
+    operations = [
+        Depthwise(['x'], 'a', conv=conv),
+        Depthwise(['x'], 'b', conv=conv, norm=norm),
+        Depthwise(['a'], 'c', norm=plain),
+    ]
+    weight, bias = conv.weight.double().numpy(), 0.0 if conv.bias is None else conv.bias.double().numpy()
+    a = depthwise(x.double().numpy(), weight, bias, conv)
+    assert close(run(operations, x, [], 'a'), a, dtype)
+    assert close(run(operations, x, [], 'b'), layer_norm(a, norm), dtype)
+    assert close(run(operations, x, [], 'c'), layer_norm(a, plain), dtype)
 
 
 @torch.no_grad()
