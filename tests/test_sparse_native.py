@@ -19,9 +19,10 @@ from test_sparse import assert_exact, network, random_gates, relative_error, wit
 from torch import Tensor, nn
 
 import deepmoe_plugin
+from deepmoe_plugin.models.deepmoe_convnext import GatedResponseNorm
 from deepmoe_plugin.sparse import build, program
 from deepmoe_plugin.sparse.program import OPERATIONS, VALUES, PackedWeight, Program
-from deepmoe_plugin.sparse.trace import Convolve, Depthwise, Operation, Pool, Scale, Trace
+from deepmoe_plugin.sparse.trace import Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason='needs a C++ compiler and the OpenMP library of GNU')
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -58,6 +59,14 @@ def layer_norm(x: np.ndarray, norm: nn.LayerNorm) -> np.ndarray:
         weight, bias = (part.detach().double().numpy()[:, None, None] for part in (norm.weight, norm.bias))
         result = result * weight + bias
     return result
+
+
+def response_norm(x: np.ndarray, gate: np.ndarray, norm: GatedResponseNorm) -> np.ndarray:
+    """GRN of gated channels: the mean of their norms is weighted by their gates (B, C), which multiply their biases."""
+    weight, bias = (part.detach().double().numpy()[:, None, None] for part in (norm.weight, norm.bias))
+    norms = np.sqrt((x**2).sum((2, 3), keepdims=True))
+    mean = norms.sum(1, keepdims=True) / gate.sum(1)[:, None, None, None]
+    return x + weight * x * norms / (mean + norm.eps) + bias * gate[:, :, None, None]
 
 
 def pooling(x: np.ndarray, kernel: int, padding: int, stride: int) -> np.ndarray:
@@ -172,6 +181,32 @@ def test_depthwise_convolutions_and_layer_norms(
     assert close(run(operations, x, [], 'a'), a, dtype)
     assert close(run(operations, x, [], 'b'), layer_norm(a, norm), dtype)
     assert close(run(operations, x, [], 'c'), layer_norm(a, plain), dtype)
+
+
+@torch.no_grad()
+@dtypes
+@pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7))])
+@pytest.mark.parametrize('channels', [5, 75])
+def test_response_norms_of_kept_channels(channels: int, batch: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    first, second = random_conv(3, channels, dtype), random_conv(channels, 7, dtype)
+    norm = GatedResponseNorm(channels).to(dtype)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    gates = [gates_of(batch, channels, 0.4, 1)]
+    gates[0][:, 0] = 1  # an image that keeps nothing has no mean
+    x = torch.randn(batch, 3, *size).to(dtype)
+    operations = [
+        Convolve(['x'], 'a', 0, conv=first, activation='relu'),
+        Norms(['a'], 'norms', 0),
+        Respond(['a', 'norms'], 'b', 0, norm=norm),
+        Convolve(['b'], 'c', conv=second),
+    ]
+    gate = gates[0].double().numpy()
+    a = np.maximum(convolution(x.double().numpy(), *arrays(first), first), 0) * gate[:, :, None, None]
+    b = response_norm(a, gate, norm)
+    assert close(run(operations, x, gates, 'b'), b, dtype)
+    assert close(run(operations, x, gates, 'c'), convolution(b, *arrays(second), second), dtype)
 
 
 @torch.no_grad()

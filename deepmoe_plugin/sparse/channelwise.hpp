@@ -1,4 +1,4 @@
-// Depthwise convolutions, and norms over the channels of each pixel; a part of program.cpp.
+// Depthwise convolutions and norms; a part of program.cpp.
 
 // `norm(conv(x))` of all channels, either of them only if the operation has it.
 template <class Number>
@@ -117,5 +117,82 @@ struct Channelwise {
         float sum = 0;
         for (int64_t lane = 0; lane < LANES; ++lane) sum += values[lane];
         return sum;
+    }
+};
+
+// GRN of kept channels. NORMS: the Euclidean norm of each channel over all pixels. RESPOND: channels times what their norms
+// say, relative to the mean of all norms, plus biases; the mean is weighted by the gates, and biases are times the gates.
+template <class Number>
+struct Response {
+    const Program& program;
+    const Operation& op;
+    const Value &input, &output;
+    const Group& group;
+    const Kept& kept;
+    int64_t pitch;
+
+    Response(const Program& program, const Operation& op, int64_t group_number)
+        : program(program), op(op), input(program.values[op.input]), output(program.values[op.output]),
+          group(program.groups[group_number]), kept(*Kepts(program, group).of(input)),
+          pitch(round_up(kept.count, Number::PAIR) * Number::SIZE) {
+        CHECK(input.layer >= 0 && input.layer == output.layer);
+        CHECK(op.kind == NORMS || op.weight_bytes == 3 * input.channels * 4);
+    }
+
+    int64_t vectors() const { return ceil_divide(kept.count, LANES); }
+    int64_t items() const { return group.count * (op.kind == NORMS ? vectors() : output.height); }
+
+    // NORMS: a vector of channels of one image. RESPOND: one row of one image.
+    void run(int64_t item) const {
+        const int64_t each = op.kind == NORMS ? vectors() : output.height;
+        const int64_t image = program.images[group.first + item / each];
+        const char* from = input.data + image * input.image_bytes;
+        char* to = output.data + image * output.image_bytes;
+        op.kind == NORMS ? measure(from, item % each * LANES, to) : respond(from, image, item % each, to);
+    }
+
+    void measure(const char* from, int64_t channel, char* to) const {
+        const int64_t lanes = std::min(LANES, kept.count - channel);
+        Vector sum = {};
+        for (int64_t row = 0; row < input.height; ++row)
+            for (int64_t column = 0; column < input.width; ++column) {
+                const char* place = from + input.pixel(row, column) * pitch + channel * Number::SIZE;
+                const Vector value = read_some<Number>(place, lanes);
+                sum += value * value;
+            }
+        for (int64_t lane = 0; lane < lanes; ++lane) sum[lane] = std::sqrt(sum[lane]);
+        put(to, channel, lanes, sum);
+    }
+
+    void respond(const char* from, int64_t image, int64_t row, char* to) const {
+        const int64_t width = input.channels;
+        const float *weight = (const float*)op.weight, *bias = weight + width, epsilon = bias[width];
+        const float* gates = program.gates + image * program.layer_starts[program.num_layers] + program.layer_starts[input.layer];
+        const Value& measured = program.values[op.residual];
+        const char* norms = measured.data + image * measured.image_bytes;
+        float of_gates = 0, of_norms = 0;
+        for (int64_t c = 0; c < width; ++c) of_gates += gates[c];
+        for (int64_t k = 0; k < kept.count; ++k) of_norms += Number::read(norms + k * Number::SIZE);
+        const float scale = 1 / (of_norms / width / std::max(of_gates / width, 1e-6f) + epsilon);
+        for (int64_t channel = 0; channel < kept.count; channel += LANES) {
+            const int64_t lanes = std::min(LANES, kept.count - channel);
+            Vector factor = {}, shift = {};
+            for (int64_t lane = 0; lane < lanes; ++lane) {
+                const int64_t expert = kept.index[channel + lane];
+                factor[lane] = 1 + weight[expert] * Number::read(norms + (channel + lane) * Number::SIZE) * scale;
+                shift[lane] = bias[expert] * gates[expert];
+            }
+            for (int64_t column = 0; column < output.width; ++column) {
+                const char* place = from + input.pixel(row, column) * pitch + channel * Number::SIZE;
+                put(to + output.pixel(row, column) * pitch, channel, lanes, read_some<Number>(place, lanes) * factor + shift);
+            }
+        }
+        if (row == 0) std::memset(to, 0, output.pad * pitch);
+        std::memset(to + output.pixel(row, output.width) * pitch, 0, output.pad * pitch);
+    }
+
+    void put(char* pixel, int64_t channel, int64_t lanes, Vector value) const {
+        write_some<Number>(pixel + channel * Number::SIZE, value, lanes);
+        if (Number::PAIR > 1 && lanes % 2) Number::write(pixel + (channel + lanes) * Number::SIZE, 0.0f);
     }
 };

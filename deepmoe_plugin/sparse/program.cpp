@@ -71,18 +71,19 @@ struct Value {
     int64_t pixel(int64_t row, int64_t column) const { return pad + row * (width + pad) + column; }
 };
 
-enum Kind : int64_t { CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE };
+enum Kind : int64_t { CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE, NORMS, RESPOND };
 enum Activation : int64_t { NONE, RELU, GELU };
 
 struct Operation {
     int64_t kind;
-    int64_t input, output, residual;  // values; residual -1: none
+    int64_t input, output, residual;  // values; residual -1: none; of RESPOND the norms
     int64_t kernel_height, kernel_width, pad_height, pad_width;
     int64_t stride_height, stride_width, dilation_height, dilation_width;
     int64_t image_channels;  // of LOAD
     int64_t activation;
     const char* weight;   // (block, kernel position, input, BLOCK), inputs in units; zeros behind the last output;
-                          // of DEPTHWISE (kernel position, channel), float32, zeros behind the last; null: only a norm
+                          // of DEPTHWISE (kernel position, channel), float32, zeros behind the last; null: only a norm;
+                          // of RESPOND weights, biases and epsilon
     const float* bias;
     int64_t weight_bytes;
     const char* rows;     // the same as (output, kernel position, input), if outputs are selected and inputs are not;
@@ -805,6 +806,9 @@ static void step(Team& team, const Operation& op, int64_t group, const Operation
     } else if (op.kind == DEPTHWISE) {
         const Channelwise<Number> channelwise(team.program, op, group);
         together(channelwise.items(), channelwise);
+    } else if (op.kind == NORMS || op.kind == RESPOND) {
+        const Response<Number> response(team.program, op, group);
+        together(response.items(), response);
     } else {
         const Simple<Number> simple(team.program, op, group);
         together(simple.items(), simple);

@@ -27,7 +27,7 @@ from .fold import geometry_of
 from .memory import Workspace, buffer
 from .parts import Part, cut, reads_of
 from .plan import LIMIT, partition
-from .trace import Call, Convolve, Depthwise, Operation, Pool, Scale, Trace
+from .trace import Call, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 
 BLOCK = 64
 """Outputs whose weights lie together, as in program.cpp."""
@@ -40,7 +40,7 @@ MAX_INPUTS = 2**14
 MAX_SCHEDULES = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
-CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE = range(6)
+CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE, NORMS, RESPOND = range(8)
 ACTIVATIONS = ('', 'relu', 'gelu')
 VALUES = np.dtype([(name, np.int64) for name in ('data', 'image_bytes', 'height', 'width', 'channels', 'layer', 'pad')])
 OPERATIONS = np.dtype(
@@ -138,9 +138,14 @@ class ChannelWeight:
             self.taps = _in_vectors(conv.weight.detach().flatten(1).t())
             self.bias = _in_vectors((conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias)[None])
         if norm is not None:
-            ones = torch.ones(norm.normalized_shape)
-            rows = (ones if norm.weight is None else norm.weight, 0 * ones if norm.bias is None else norm.bias)
-            self.norm = _in_vectors(torch.stack([*(row.detach().float() for row in rows), norm.eps * ones]))
+            self.norm = _in_vectors(_with_epsilon(norm))
+
+
+def _with_epsilon(norm: Any) -> Tensor:
+    """Weights, biases and epsilon of a norm, (3, channels), float32."""
+    ones = torch.ones(getattr(norm, 'normalized_shape', None) or norm.weight.shape)
+    rows = (ones if norm.weight is None else norm.weight, 0 * ones if norm.bias is None else norm.bias)
+    return torch.stack([*(row.detach().float() for row in rows), norm.eps * ones])
 
 
 def _in_vectors(rows: Tensor) -> Tensor:
@@ -188,7 +193,9 @@ class Program:
             )
             for op in convolutions
         }
-        self.channel_weights = {op.output: ChannelWeight(op) for op in trace.operations if isinstance(op, Depthwise)}
+        operations = trace.operations
+        self.channel_weights = {op.output: ChannelWeight(op) for op in operations if isinstance(op, Depthwise)}
+        self.response_weights = {op.output: _with_epsilon(op.norm) for op in operations if isinstance(op, Respond)}
         self._schedules: OrderedDict[tuple[object, ...], Schedule] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -295,6 +302,8 @@ class Schedule:
         if isinstance(op, Convolve):
             size = out_size((height, width), *op.geometry)
             return Shape(num_outputs(op.conv), *size)
+        if isinstance(op, Norms):
+            return Shape(channels, 1, 1)
         if isinstance(op, Depthwise) and op.conv is not None:
             return Shape(channels, *out_size((height, width), *geometry_of(op.conv)))
         if isinstance(op, Pool):
@@ -322,6 +331,12 @@ class Schedule:
                 row.update(rows=weight.rows.data_ptr(), rows_bytes=weight.rows.nbytes)
             if op.residual:
                 row['residual'] = self.numbers[op.residual]
+        elif isinstance(op, Norms):
+            row['kind'] = NORMS
+        elif isinstance(op, Respond):
+            rows = self.program.response_weights[op.output]
+            row.update(kind=RESPOND, residual=self.numbers[op.inputs[1]])
+            row.update(weight=rows.data_ptr(), weight_bytes=rows.nbytes)
         elif isinstance(op, Depthwise):
             own = self.program.channel_weights[op.output]
             row.update(kind=DEPTHWISE)

@@ -3,6 +3,8 @@
 The trace is torch.fx's of the network's own `forward_features`; where gates sit is what the trace shows, so that a new
 family of networks needs nothing here. A convolution takes up its norm, its ReLU, its gate and the residual sum behind
 it. What has no operation of its own stays a `Call` and runs as it is.
+
+Longer than other files: the kinds of operations, and the one walk that makes them, whose rules share its state.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ from timm.layers import GELU, BlurPool2d, DropBlock2d, DropPath, LayerNorm, Laye
 from torch import Tensor, fx, nn
 
 from ..activation import GatedActivation
+from ..models.deepmoe_convnext import GatedResponseNorm
 from ..plain import BATCH_NORMS, is_plain
 from .fold import Geometry, eval_view, fold_norm, geometry_of
 
@@ -102,6 +105,20 @@ class Depthwise(Operation):
     modules = ('conv', 'norm')
 
     conv: Any = None
+    norm: Any = None
+
+
+@dataclasses.dataclass
+class Norms(Operation):
+    """The Euclidean norm over all positions of each kept channel."""
+
+
+@dataclasses.dataclass
+class Respond(Operation):
+    """Kept channels, and their norms as `Norms` finds them, to what `norm` makes of them with their gates."""
+
+    modules = ('norm',)
+
     norm: Any = None
 
 
@@ -341,6 +358,8 @@ class _Lowering:
             self._layer_norm(node, module, first)
         elif module is not None and conv is not None and conv.norm is None and _is_norm(module, conv):
             self._extend(node, conv, norm=module)
+        elif is_plain(module, GatedResponseNorm):
+            self._response_norm(node, module, first)
         elif is_plain(module, GatedActivation):
             assert isinstance(module, GatedActivation)
             self._gate(node, module, conv)
@@ -364,6 +383,8 @@ class _Lowering:
         """An operation on (B, H, W, C)."""
         if is_plain(module, *NOTHING):
             self._alias(node, first, conv)
+        elif is_plain(module, GatedResponseNorm):
+            self._response_norm(node, module, first)
         elif is_plain(module, nn.Linear):
             self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
         elif is_plain(module, GatedActivation):
@@ -422,6 +443,16 @@ class _Lowering:
             self.operations.pop()
             return self._emit(dataclasses.replace(last, output=node.name, norm=module))
         self._emit(Depthwise([value], node.name, norm=module))
+
+    def _response_norm(self, node: fx.Node, module: Any, first: fx.Node) -> None:
+        """GRN of gated channels: closed ones are zero before and behind it, and add nothing to its mean."""
+        gate: Any = node.args[1]
+        layer, value = self.gates[gate.name], self._value(first)
+        if self.layers.get(value) != layer:
+            return self._call(node, module)
+        norms = f'{node.name}_norms'
+        self._emit(Norms([value], norms, layer))
+        self._emit(Respond([value, norms], node.name, layer, norm=module))
 
     def _add(self, node: fx.Node) -> None:
         operands = node.args
