@@ -16,8 +16,8 @@ from torch import Tensor, nn
 _logger = logging.getLogger(__name__)
 
 GATING_PREFIX = 'gating.'
-# What a checkpoint may have or not: what only training needs, and the threshold, which earlier versions lack.
-_OPTIONAL = (GATING_PREFIX + 'class_scores.', GATING_PREFIX + 'budget.', GATING_PREFIX + 'gates.threshold')
+# What a checkpoint may have or not: what only training needs, and threshold and curve, which earlier versions lack.
+_OPTIONAL = tuple(GATING_PREFIX + name for name in ('class_scores.', 'budget.', 'gates.threshold', 'curve.'))
 # Names of earlier versions, which contain the `head`, `classifier` and `fc` that users and hosts select parameters by.
 _RENAMED = {'heads.': 'gates.', 'classifier.': 'class_scores.', 'embedding.fc.': 'embedding.mixture.'}
 _NAMED = 5  # tensors that an error message names

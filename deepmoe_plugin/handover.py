@@ -18,6 +18,7 @@ class Handover(NamedTuple):
     """What a network knows beyond its embedding; all numbers are fractions (0..1).
 
     Attributes:
+        guessed: class that the embedding alone finds, shape (images,).
         is_fitted: the class of the embedding is that of a read-out fitted to the images, not of its own classifier.
         embedding_right: images whose class the embedding alone finds.
         agreement: images that the network gives the class that the embedding gives them.
@@ -25,10 +26,15 @@ class Handover(NamedTuple):
             there is no such image.
     """
 
+    guessed: Tensor
     is_fitted: bool
     embedding_right: float
     agreement: float
     right_where_wrong: float | None
+
+    def numbers(self) -> dict[str, float | None]:
+        """All but the guesses, for tables."""
+        return {name: value for name, value in self._asdict().items() if name != 'guessed'}
 
 
 @torch.no_grad()
@@ -50,6 +56,7 @@ def measure_handover(gating: GatingNetwork, mixtures: Tensor, predicted: Tensor,
     wrong = guessed != labels
     hits = (predicted == labels)[wrong].double()
     return Handover(
+        guessed=guessed,
         is_fitted=logits is None,
         embedding_right=1 - wrong.double().mean().item(),
         agreement=(guessed == predicted).double().mean().item(),

@@ -39,8 +39,11 @@ def gating_loss(
     """
     terms: Terms = {}
     if not gating.frozen:
+        gating.curve.forget()
         if gating.gate_loss_weight > 0:
-            terms['loss_gate'] = gating.gate_loss_weight * _norm(gating, gating.gates.cut(record.preact), table)
+            terms['loss_gate'] = gating.gate_loss_weight * _norm(
+                gating, gating.gates.cut(record.preact, threshold=gating.threshold), table
+            )
         if record.embed_logits is not None:
             if target is None or criterion is None:
                 raise ValueError('embed_loss_weight > 0 needs the target and the criterion of the base network.')
@@ -48,7 +51,7 @@ def gating_loss(
         terms.update(gating.specialisation.terms(record.mixture, record.samples))
     terms['gate_entropy'] = gate_entropy(record.mixture.detach())
     terms['use_entropy'] = use_entropy(record.mixture.detach())
-    kept = record.preact.detach() > gating.gates.threshold
+    kept = record.preact.detach() > gating.threshold
     terms['kept_experts'] = kept.float().mean()
     terms['dynamic_experts'] = dynamic_experts(kept)
     if gating.budget is not None and not gating.frozen:

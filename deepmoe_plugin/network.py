@@ -146,6 +146,7 @@ class DeepMoE(GatedNetwork, TermSource):
         gating = self.gating
         settings = f'it is {gating.gate_loss_weight:g}, with gate_norm={gating.gate_norm!r}'
         self.watch.see(
+            # Not the threshold drawn for this step: it makes experts come and go whatever the image.
             record.preact.detach() > gating.gates.threshold,
             settings,
             recovers=gating.budget is not None and not gating.frozen,

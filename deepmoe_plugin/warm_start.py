@@ -29,7 +29,7 @@ from .stats import fraction_kept
 
 SPREAD = 0.05
 """Standard deviation of `W e` over experts, about one: gates scale channels, and this much does not disturb."""
-IMAGE_SHARE = 0.7
+IMAGE_SHARE = 0.5
 """Weight of the group of images beside the average: what its experts are worth differs less than their activations."""
 SHARPNESS = 8.0
 """Of the mixture: the logits are squared distances to the groups, in units of the mean one divided by this."""
@@ -249,7 +249,7 @@ def _spending(network: GatedNetwork) -> Callable[[Tensor], Tensor] | None:
 def _last_rank(network: GatedNetwork, rank: Tensor) -> Tensor | None:
     """The rank below which experts would close if all images kept the same; None without a budget."""
     cost, gating = _spending(network), network.gating
-    if cost is None:
+    if cost is None or gating.budget is None:
         return None
     positive = gating.gates.by_expert(rank + 2 * LIMIT)[None]
     return find_threshold(positive, cost, gating.budget.target) - 2 * LIMIT
@@ -261,11 +261,10 @@ def _spend_alike(network: GatedNetwork, heads: Tensor) -> Tensor:
     Weak activations do not make an image easy, and without this a dark image would be computed with less.
     """
     cost, gating = _spending(network), network.gating
-    if cost is None:
+    if cost is None or gating.budget is None:
         return heads
-    each = torch.stack(
-        [find_threshold(gating.gates.by_expert(column)[None], cost, gating.budget.target) for column in heads.t()]
-    )
+    target = gating.budget.target
+    each = torch.stack([find_threshold(gating.gates.by_expert(column)[None], cost, target) for column in heads.t()])
     return heads + each.mean() - each
 
 

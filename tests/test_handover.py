@@ -66,6 +66,7 @@ def test_the_classifier_of_the_embedding_comes_first(labels):
         guessed = gating.class_scores(64 * mixtures).argmax(1)
     result = measure_handover(gating, mixtures, labels, labels)
     assert not result.is_fitted
+    assert torch.equal(result.guessed, guessed)
     assert result.embedding_right == pytest.approx((guessed == labels).float().mean().item())
 
 

@@ -188,7 +188,7 @@ def summarise(result: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
     }
     everything['mixtures'] = result.mixtures
     if result.handover is not None:
-        everything['handover'] = result.handover._asdict()
+        everything['handover'] = result.handover.numbers()
     return everything
 
 
@@ -278,6 +278,12 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     parser.add_argument('network', help=NETWORK_HELP)
     add_network_arguments(parser)
     add_image_arguments(parser)
+    parser.add_argument(
+        '--macs',
+        type=float,
+        metavar='FRACTION',
+        help="budget by the curve in the checkpoint, of the base network's MACs (default: the one it is at)",
+    )
     parser.add_argument('--sparse', action='store_true', help='compute the logits with deepmoe_plugin.sparsify')
     parser.add_argument('--json', type=Path, help='writes all numbers to this file')
     parser.add_argument('--csv', type=Path, help='writes one row for each image to this file')
@@ -290,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         settings = read_settings(args.network, args)
         images = create_images(args, settings)
         model = create_network(settings, args)
+        if args.macs is not None:
+            deepmoe_plugin.set_budget(model, macs=args.macs)
         runs = deepmoe_plugin.sparsify(model) if args.sparse else None
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
@@ -304,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         'checkpoint': args.checkpoint,
         'data': args.data_dir,
         'split': settings.get('val_split') or 'validation',
+        'budget': args.macs,
         'sparse': args.sparse,
         'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'python': platform.python_version()},
         **summarise(result, images.classes),

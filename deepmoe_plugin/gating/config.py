@@ -34,9 +34,10 @@ class GatingConfig(SpecialisationConfig):
     """mu of Eq. 7; 0 creates no embedding classifier (paper: 1 for CIFAR, 0 for ImageNet)."""
     gate_norm: GateNorm = 'mean'
     """L_g: 'mean' over all gates, 'sum' per image (Eq. 8 to the letter), 'macs' weighs an expert by its MACs."""
-    target_kept: float | None = None
-    """Fraction of experts to keep on average (ours): a threshold of the gates then rises until the target is met."""
-    target_macs: float | None = None
+    target_kept: float | Sequence[float] | None = None
+    """Fraction of experts to keep on average (ours): a threshold of the gates then rises until the target is met. Two
+    fractions are a range: each training step draws a target from it, for a network of many budgets."""
+    target_macs: float | Sequence[float] | None = None
     """The same for the fraction of the base network's dense MACs to spend on average."""
     target_steps: int = 1000
     """Training steps in which the budget falls from everything to the target."""
@@ -66,9 +67,14 @@ class GatingConfig(SpecialisationConfig):
             value = getattr(self, name)
             if value is None:
                 continue
-            check_number(name, value)
-            if not 0 < value < 1:
-                raise ValueError(f'{name} must lie between 0 and 1 (a fraction), got {value}.')
+            is_range = isinstance(value, Sequence) and not isinstance(value, str)
+            ends = tuple(value) if is_range else (value,)
+            for end in ends:
+                check_number(name, end)
+                if not 0 < end < 1:
+                    raise ValueError(f'{name} must lie between 0 and 1 (a fraction), got {end}.')
+            if is_range and not (len(ends) == 2 and ends[0] < ends[1]):
+                raise ValueError(f'{name} must be one fraction, or a smaller and a larger one, got {value}.')
         if self.target_kept is not None and self.target_macs is not None:
             raise ValueError('target_kept and target_macs contradict each other: give one of them.')
         check_whole('target_steps', self.target_steps)

@@ -78,14 +78,15 @@ class GateHeads(nn.Module):
         """Map one value for each expert, (..., N), to their mean for each gate, (..., gates)."""
         return values.unflatten(-1, (-1, self.experts_per_gate)).mean(-1)
 
-    def cut(self, preact: Tensor, straight_through: bool = False) -> Tensor:
+    def cut(self, preact: Tensor, straight_through: bool = False, threshold: Tensor | None = None) -> Tensor:
         """Map `W e` to gates, both (B, N): zero where the expert is closed.
 
         Args:
             straight_through: a closed gate has the gradient of a kept one (ours), so that what an expert would do for
                 an image decides whether it opens again. By default it has none, as under a ReLU.
+            threshold: in place of the heads' own.
         """
-        kept = preact > self.threshold
+        kept = preact > (self.threshold if threshold is None else threshold)
         if straight_through:
             return preact - torch.where(kept, 0, preact).detach()
         return torch.where(kept, preact, 0)

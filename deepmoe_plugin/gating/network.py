@@ -11,6 +11,7 @@ from ..terms import Passes
 from ..tracing import is_traced
 from .budget import GateBudget
 from .config import GatingConfig
+from .curve import BudgetCurve
 from .embedding import ShallowEmbedding
 from .frozen import freeze_norms, unfreeze_norms
 from .heads import GateHeads
@@ -80,6 +81,7 @@ class GatingNetwork(nn.Module):
         self.reset_classifier(num_classes)
         target = config.target_macs if self.budget_on_macs else config.target_kept
         self.budget = None if target is None else GateBudget(target, config.target_steps, device)
+        self.curve = BudgetCurve(device)
         self.passes = Passes()
         if config.freeze_gating:
             self.freeze()
@@ -116,14 +118,22 @@ class GatingNetwork(nn.Module):
         preact = self.gates(mixture)
         if checked:
             self._check_finite(mixture, preact)
-        gates = self.gates.cut(preact, straight_through=self.budget is not None and self.training)
+        trains = self.budget is not None and self.training
+        gates = self.gates.cut(preact, straight_through=trains, threshold=self.threshold)
         if (self.training or self.frozen) and self.passes.wanted(x):
             return self.passes.leave(self._record(mixture, preact, x if samples is None else samples), gates)
         return gates
 
+    @property
+    def threshold(self) -> Tensor:
+        """Above which a gate is kept: of a range of targets, another one in each training step."""
+        drawn = self.budget.drawn if self.budget is not None and self.training else None
+        return self.gates.threshold if drawn is None else drawn
+
     def keep_first(self, num_layers: int) -> None:
         """Drop the gates of all layers but the first `num_layers`, and the embedding if none is left."""
         self.gates.keep_first(num_layers)
+        self.curve.forget()
         if not self.gates.widths:
             self.embedding = nn.Identity()
             self.class_scores = None

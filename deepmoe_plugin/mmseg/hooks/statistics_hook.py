@@ -208,9 +208,9 @@ class GateStatisticsHook(Hook):
         self._tally.clear()
         self._sums = _Sums()
         if isinstance(self._network, DeepMoE):  # a process without images adds up with the others
-            experts, latent = self._network.gating.gates.weight.shape
-            self._sums.times_kept = torch.zeros(experts, dtype=torch.long)
-            self._sums.mixture = torch.zeros(latent, dtype=torch.float64)
+            gates = self._network.gating.gates
+            self._sums.times_kept = torch.zeros(sum(gates.widths), dtype=torch.long)
+            self._sums.mixture = torch.zeros(gates.weight.shape[1], dtype=torch.float64)
         self._kept.clear()
         backends = runner.visualizer._vis_backends.values() if is_main_process() else ()
         self._backends = [b for b in backends if isinstance(b, TensorboardVisBackend | WandbVisBackend)]
