@@ -256,7 +256,9 @@ def test_records_have_the_size_that_native_code_reads() -> None:
 
 def test_packed_weights_lie_as_native_code_reads_them() -> None:
     conv = random_conv(18, 70, torch.float32)
-    packed = PackedWeight(Convolve(['a'], 'b', conv=conv)).blocks.view(2, 9, 18, 64)
+    packed = PackedWeight(Convolve(['a'], 'b', conv=conv)).blocks
+    assert packed is not None
+    packed = packed.view(2, 9, 18, 64)
     for output in (0, 63, 64, 69):
         expected = conv.weight[output].flatten(1).t()
         assert torch.equal(packed[output // 64, :, :, output % 64], expected)

@@ -42,9 +42,10 @@ constexpr int64_t BLOCK = 64;          // outputs whose weights lie together
 constexpr int64_t RUN = 56;            // output pixels that a thread takes at a time, at most
 constexpr int64_t SHORT_RUN = 16;      // the same where there is too little to do for all threads otherwise
 constexpr int64_t CACHED = 1 << 18;    // bytes of inputs that stay in the second-level cache
-constexpr int64_t PACKED_ROWS = 128;   // inputs whose weights a thread gathers at a time
-constexpr int64_t MANY_PIXELS = 64;    // from which on gathering pays where only inputs are left out
-constexpr int64_t AHEAD = 8;           // rows between the one that is gathered and the one that is fetched
+constexpr int64_t GATHERED = 512;      // inputs whose weights a thread gathers at a time
+constexpr int64_t SQUEEZED = 256;      // inputs that are squeezed before they are transposed: what the first-level cache holds
+constexpr int64_t MANY_PIXELS = 32;    // from which on gathering pays where only inputs are left out
+constexpr int64_t AHEAD = 16;          // rows, or vectors, between what is gathered and what is fetched
 #ifdef __AVX512F__
 constexpr int MAX_VECTORS = 4;         // vectors of outputs in a tile
 constexpr int MAX_PIXELS[] = {0, 8, 8, 8, 7};  // pixels in a tile of so many vectors: what the registers hold
@@ -81,10 +82,10 @@ struct Operation {
     int64_t stride_height, stride_width, dilation_height, dilation_width;
     int64_t image_channels;  // of LOAD
     int64_t activation;
-    const char* weight;   // (block, kernel position, input, BLOCK), inputs in units; zeros behind the last output
     const float* bias;
-    int64_t weight_bytes;
-    const char* rows;     // the same as (output, kernel position, input), if outputs are selected and inputs are not
+    const char* weight;   // (block, kernel position, input, BLOCK), inputs in units; zeros behind the last output. Of
+    int64_t weight_bytes; // gated outputs, null as long as no group of images keeps all
+    const char* rows;     // of gated outputs: (output, kernel position, input)
     int64_t rows_bytes;
 };
 
@@ -129,11 +130,10 @@ struct Program {
 
 // ---------------------------------------------------------------------------------------------- kept channels
 
-struct Move {             // kept outputs of one vector that go to one block
-    uint16_t bits;
-    uint8_t count, stores;  // `stores`: with zeros up to the end of the vector, behind the last
+struct Move {             // kept channels of one vector
+    uint32_t bits, count;
     int32_t source;       // vector
-    int32_t target;       // output
+    int32_t target;       // kept channel
 };
 
 struct Kept {             // of one layer for one group
@@ -172,18 +172,10 @@ struct Kepts {            // of all layers of one group, laid out in memory that
                 kept.index[kept.count] = (int32_t)c;
                 kept.count += mask[c] != 0;
             }
-            int64_t done = 0;
-            while (done < kept.count) {
-                const int64_t vector = kept.index[done] / LANES, target_block = done / BLOCK;
-                Move move = {0, 0, 0, (int32_t)vector, (int32_t)done};
-                while (done < kept.count && kept.index[done] / LANES == vector && done / BLOCK == target_block) {
-                    move.bits |= (uint16_t)(1u << (kept.index[done] % LANES));
-                    ++move.count;
-                    ++done;
-                }
-                move.stores = move.count;
-                if (done == kept.count) move.stores = (uint8_t)(round_up(done, LANES) - move.target);
-                move.stores = std::min<uint8_t>(move.stores, LANES);
+            for (int64_t done = 0; done < kept.count;) {
+                Move move = {0, 0, kept.index[done] / (int32_t)LANES, (int32_t)done};
+                for (; done < kept.count && kept.index[done] / LANES == move.source; ++done, ++move.count)
+                    move.bits |= 1u << kept.index[done] % LANES;
                 kept.moves[kept.num_moves++] = move;
             }
             indices += width;
@@ -232,6 +224,17 @@ struct Team {             // threads that run a part of the program together
 
 struct Float {
     static constexpr int64_t SIZE = 4, PAIR = 1;
+    typedef uint32_t Channel;
+
+    // Chosen ones of sixteen neighbouring channels, side by side; what is written behind them means nothing.
+    static void squeeze(const char* source, unsigned bits, Channel* target) {
+#ifdef __AVX512F__
+        // In a register, then as a whole: compaction into memory is very slow on some processors (Zen 4).
+        _mm512_storeu_si512(target, _mm512_maskz_compress_epi32((__mmask16)bits, _mm512_loadu_si512(source)));
+#else
+        for (; bits; bits &= bits - 1) *target++ = ((const Channel*)source)[__builtin_ctz(bits)];
+#endif
+    }
     static Vector add_product(Vector sum, uint32_t x, Units weight) {
         float value;
         std::memcpy(&value, &x, 4);
@@ -245,6 +248,16 @@ struct Float {
 
 struct Bfloat16 {
     static constexpr int64_t SIZE = 2, PAIR = 2;
+    typedef uint16_t Channel;
+
+    static void squeeze(const char* source, unsigned bits, Channel* target) {
+#if defined(__AVX512VBMI2__) && defined(__AVX512VL__)
+        const __m256i all = _mm256_loadu_si256((const __m256i*)source);
+        _mm256_storeu_si256((__m256i*)target, _mm256_maskz_compress_epi16((__mmask16)bits, all));
+#else
+        for (; bits; bits &= bits - 1) *target++ = ((const Channel*)source)[__builtin_ctz(bits)];
+#endif
+    }
     static Vector add_product(Vector sum, uint32_t x, Units weight) {
 #ifdef __AVX512BF16__
         return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)weight);
@@ -330,7 +343,7 @@ struct Convolution {
     char* pack;
     const Value* residual;
     int64_t taps, in_units, out_count, in_pitch, out_pitch, pixels, runs, blocks, weight_rows;
-    bool gathers, picks;
+    bool gathers, picks, by_rows;
     bool whole_rows;                 // kernel positions side by side are one run, of weights and of inputs
 
     Convolution(const Program& program, const Operation& op, int64_t group_number, char* pack, int64_t team_size)
@@ -352,7 +365,9 @@ struct Convolution {
         runs = runs_for(team_size);
         const bool some_in = reads && reads->count < input.channels;
         const bool pays = Number::PAIR > 1 || group.count * pixels >= MANY_PIXELS;
-        gathers = (writes && writes->count < output.channels) || (some_in && pays);
+        by_rows = writes && writes->count < output.channels;
+        gathers = by_rows || (some_in && pays);
+        CHECK(by_rows ? op.rows : op.weight);
         picks = some_in && !gathers;
         whole_rows = !picks && op.dilation_width == 1;
         CHECK(op.kernel_width * in_units * 4 <= (int64_t)sizeof(zeros));
@@ -370,132 +385,137 @@ struct Convolution {
     // ------------------------------------------------------------------------------------------- gather
 
     // All kernel positions are one row of inputs where no input is left out.
-    int64_t row_length() const { return op.rows ? taps * in_units : in_units; }
-    int64_t row_parts() const { return ceil_divide(row_length(), PACKED_ROWS); }
+    bool squeezes() const { return reads && reads->count < input.channels; }
+    int64_t parts() const { return ceil_divide(by_rows ? taps * in_units : in_units, GATHERED); }
     int64_t pack_items() const {
         if (!gathers) return 0;
-        return row_parts() * (op.rows ? ceil_divide(out_count, LANES) : ceil_divide(output.channels, BLOCK) * taps);
+        return by_rows ? ceil_divide(out_count, LANES) * (squeezes() ? taps : parts()) : blocks * taps * parts();
     }
 
-    // Write the weights of kept inputs and outputs: of some outputs, one kernel position, some inputs.
+    // Write the weights of kept inputs and outputs: of some outputs, kernel positions and inputs.
     void gather(int64_t item) const {
-        const int64_t part = item % row_parts(), turn = item / row_parts();
-        const int64_t first = part * PACKED_ROWS, last = std::min(first + PACKED_ROWS, row_length());
-        if (op.rows)
-            transpose(turn * LANES, first, last);
-        else
-            select(turn / taps, turn % taps, first, last);
+        if (by_rows && squeezes()) return squeeze(item / taps * LANES, item % taps);
+        const int64_t part = item % parts(), turn = item / parts(), first = part * GATHERED;
+        if (by_rows) return transpose(turn * LANES, first, std::min(first + GATHERED, taps * in_units));
+        select(turn / taps, turn % taps, first, std::min(first + GATHERED, in_units));
+    }
+
+    typedef const char* Rows[LANES];
+
+    // The rows of a vector of kept outputs, from some unit on; null behind the last.
+    void find_rows(int64_t output_number, int64_t unit, Rows& rows) const {
+        for (int64_t lane = 0; lane < LANES; ++lane) {
+            const int64_t number = output_number + lane;
+            rows[lane] = number < out_count ? op.rows + (writes->index[number] * taps * weight_rows + unit) * 4 : nullptr;
+            CHECK(rows[lane] <= op.rows + op.rows_bytes);
+        }
+    }
+
+    uint32_t* packed(int64_t output_number, int64_t unit, int64_t count) const {
+        const int64_t place = (output_number / BLOCK * taps * in_units + unit) * BLOCK + output_number % BLOCK;
+        CHECK(place >= 0 && (place + (count - 1) * BLOCK + LANES) * 4 <= program.pack_bytes);
+        return (uint32_t*)pack + place;
     }
 
     // Of a vector of kept outputs, whose rows are all that is read; they come out as columns.
     void transpose(int64_t output_number, int64_t first, int64_t last) const {
-        const uint32_t* rows[LANES];
-        for (int64_t lane = 0; lane < LANES; ++lane) {
-            const int64_t number = output_number + lane;
-            rows[lane] = nullptr;
-            if (number >= out_count) continue;
-            rows[lane] = (const uint32_t*)op.rows + writes->index[number] * row_length();
-            CHECK((const char*)(rows[lane] + row_length()) <= op.rows + op.rows_bytes);
+        Rows rows;
+        find_rows(output_number, first, rows);
+        uint32_t* target = packed(output_number, first, last - first);
+        const int64_t whole = (last - first) / LANES * LANES;
+        for (int64_t k = 0; k < whole; k += LANES) {
+            for (int lane = 0; lane < LANES; ++lane) __builtin_prefetch(rows[lane] + (k + AHEAD * LANES) * 4, 0, 2);
+            write_columns(rows, k, LANES, target);
         }
-        const int64_t place = output_number / BLOCK * row_length() * BLOCK + output_number % BLOCK;
-        uint32_t* target = (uint32_t*)pack + place;
-        CHECK((place + (last - 1) * BLOCK + LANES) * 4 <= program.pack_bytes);
-        int64_t k = first;
-        for (; k + LANES <= last; k += LANES) {
-            Units units[LANES], mixed[LANES];
-#pragma GCC unroll 16
-            for (int lane = 0; lane < LANES; ++lane) {
-                units[lane] = rows[lane] ? *(const Units*)(rows[lane] + k) : Units{};
-                __builtin_prefetch(rows[lane] + k + AHEAD * LANES, 0, 2);
+        for (int64_t k = whole; k < last - first; ++k)
+            for (int lane = 0; lane < LANES; ++lane)
+                target[k * BLOCK + lane] = rows[lane] ? ((const uint32_t*)rows[lane])[k] : 0;
+    }
+
+    // The same of one kernel position, closed inputs squeezed out.
+    void squeeze(int64_t output_number, int64_t tap) const {
+        alignas(64) typename Number::Channel squeezed[LANES][SQUEEZED + 2 * LANES];
+        Rows rows, columns;
+        find_rows(output_number, tap * weight_rows, rows);
+        for (int lane = 0; lane < LANES; ++lane) columns[lane] = rows[lane] ? (const char*)squeezed[lane] : nullptr;
+        int64_t start = 0;  // the kept input that `squeezed` begins with
+        for (int64_t m = 0, last = 0; m < reads->num_moves; m = last) {
+            int64_t end = start;
+            for (; last < reads->num_moves; ++last) {
+                const int64_t then = reads->moves[last].target + reads->moves[last].count;
+                if (then - start > SQUEEZED) break;
+                end = then;
             }
-            // Four times, vectors that are half of all apart are zipped: rows then have become columns.
-#pragma GCC unroll 4
-            for (int round = 0; round < 4; ++round) {
-#pragma GCC unroll 8
-                for (int i = 0; i < LANES / 2; ++i) {
-                    const Units a = units[i], b = units[i + LANES / 2];
-                    mixed[2 * i] = __builtin_shuffle(a, b, Units{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-                    mixed[2 * i + 1] =
-                        __builtin_shuffle(a, b, Units{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+            for (int lane = 0; lane < LANES && rows[lane]; ++lane)
+                for (int64_t n = m; n < last; ++n) {
+                    const Move& move = reads->moves[n];
+                    const char* source = rows[lane] + move.source * LANES * Number::SIZE;
+                    CHECK(source + LANES * Number::SIZE <= op.rows + op.rows_bytes);
+                    __builtin_prefetch(source + AHEAD * LANES * Number::SIZE, 0, 2);
+                    Number::squeeze(source, move.bits, squeezed[lane] + (move.target - start));
                 }
+            const bool odd = (end - start) % Number::PAIR, ends = last == reads->num_moves;
+            for (int lane = 0; lane < LANES && odd && ends; ++lane) squeezed[lane][end - start] = 0;
+            const int64_t count = (end - start) / Number::PAIR + (odd && ends);
+            uint32_t* target = packed(output_number, tap * in_units + start / Number::PAIR, count);
+            for (int64_t k = 0; k < count; k += LANES) write_columns(columns, k, std::min(LANES, count - k), target);
+            start += count * Number::PAIR;
+            for (int lane = 0; lane < LANES && odd && !ends; ++lane) squeezed[lane][0] = squeezed[lane][count * Number::PAIR];
+        }
+    }
+
+    // Sixteen units of sixteen rows as columns, of which `count` are written. Four times, vectors that are half of all
+    // apart are zipped: rows then have become columns.
+    static void write_columns(const Rows& rows, int64_t k, int64_t count, uint32_t* target) {
+        Units units[LANES], mixed[LANES];
 #pragma GCC unroll 16
-                for (int i = 0; i < LANES; ++i) units[i] = mixed[i];
+        for (int lane = 0; lane < LANES; ++lane) units[lane] = rows[lane] ? *(const Units*)(rows[lane] + k * 4) : Units{};
+#pragma GCC unroll 4
+        for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
+            for (int i = 0; i < LANES / 2; ++i) {
+                const Units a = units[i], b = units[i + LANES / 2];
+                mixed[2 * i] = __builtin_shuffle(a, b, Units{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+                mixed[2 * i + 1] = __builtin_shuffle(a, b, Units{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
             }
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) units[i] = mixed[i];
+        }
+        if (count == LANES) {
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; ++i) *(Units*)(target + (k + i) * BLOCK) = units[i];
+        } else {
+            for (int i = 0; i < count; ++i) *(Units*)(target + (k + i) * BLOCK) = units[i];
         }
-        for (; k < last; ++k)
-            for (int lane = 0; lane < LANES; ++lane) target[k * BLOCK + lane] = rows[lane] ? rows[lane][k] : 0;
     }
 
-    // Of one block of all outputs: rows of closed inputs are not read, closed outputs are squeezed out of the others.
+    // Of one block of outputs, all kept: rows of closed inputs are left out.
     void select(int64_t block, int64_t tap, int64_t first, int64_t last) const {
         const char* source = op.weight + (block * taps + tap) * weight_rows * BLOCK * 4;
-        Move whole[BLOCK / LANES];
-        const Move* begin = whole;
-        int64_t count = 0;
-        if (writes) {
-            begin = writes->moves;
-            const Move* end = begin + writes->num_moves;
-            const auto before = [](const Move& move, int64_t vector) { return move.source < vector; };
-            begin = std::lower_bound(begin, end, block * BLOCK / LANES, before);
-            count = std::lower_bound(begin, end, (block + 1) * BLOCK / LANES, before) - begin;
-        } else {
-            const int64_t vectors = ceil_divide(std::min(BLOCK, output.channels - block * BLOCK), LANES);
-            for (; count < vectors; ++count) {
-                const int32_t vector = (int32_t)(block * BLOCK / LANES + count);
-                whole[count] = {0xffff, LANES, LANES, vector, (int32_t)(vector * LANES)};
-            }
-        }
+        const int64_t bytes = round_up(std::min(BLOCK, out_count - block * BLOCK), LANES) * 4;
+        uint32_t* target = packed(block * BLOCK, tap * in_units, last);
+        const auto row = [&](int64_t number) {
+            const char* found = source + reads->index[number] / Number::PAIR * BLOCK * 4;
+            CHECK(found >= op.weight && found + bytes <= op.weight + op.weight_bytes);
+            return found;
+        };
         for (int64_t k = first; k < last; ++k) {
-            if (Number::PAIR == 1) {
-                const int64_t row = reads ? reads->index[k] : k;
-                if (k + AHEAD < last) fetch(source, reads ? reads->index[k + AHEAD] : k + AHEAD);
-                gather_row(source + row * BLOCK * 4, nullptr, 0, 0, begin, count, block, tap, k);
-            } else {
-                const int64_t a = reads ? reads->index[2 * k] : 2 * k;
-                const bool two = !reads || 2 * k + 1 < reads->count;
-                const int64_t b = !two ? -1 : reads ? reads->index[2 * k + 1] : 2 * k + 1;
-                gather_row(source + a / 2 * BLOCK * 4, two ? source + b / 2 * BLOCK * 4 : nullptr, a % 2, b % 2, begin, count,
-                           block, tap, k);
-            }
-        }
-    }
-
-    static void fetch(const char* source, int64_t row) {
-        for (int64_t line = 0; line < BLOCK * 4; line += 64) __builtin_prefetch(source + row * BLOCK * 4 + line, 0, 2);
-    }
-
-    void gather_row(const char* first, const char* second, int64_t upper_first, int64_t upper_second, const Move* moves,
-                    int64_t count, int64_t block, int64_t tap, int64_t k) const {
-        for (int64_t m = 0; m < count; ++m) {
-            const Move& move = moves[m];
-            const int64_t offset = (move.source * LANES - block * BLOCK) * 4;
-            CHECK(first + offset >= op.weight && first + offset + LANES * 4 <= op.weight + op.weight_bytes);
-            Units units = *(const Units*)(first + offset);
-            if (Number::PAIR > 1) {
-                units = upper_first ? units >> 16 : units & 0xffffu;
-                if (second) {
-                    const Units other = *(const Units*)(second + offset);
-                    units |= upper_second ? other & 0xffff0000u : other << 16;
+            const int64_t later = std::min((k + AHEAD) * Number::PAIR, reads->count - 1), a = k * Number::PAIR;
+            const char *from = row(a), *ahead = row(later);
+            const char* other = Number::PAIR > 1 && a + 1 < reads->count ? row(a + 1) : nullptr;
+            for (int64_t place = 0; place < bytes; place += 64) {
+                __builtin_prefetch(ahead + place, 0, 2);
+                Units units = *(const Units*)(from + place);
+                if (Number::PAIR > 1) {
+                    units = reads->index[a] % 2 ? units >> 16 : units & 0xffffu;
+                    if (other) {
+                        const Units second = *(const Units*)(other + place);
+                        units |= reads->index[a + 1] % 2 ? second & 0xffff0000u : second << 16;
+                    }
                 }
+                *(Units*)((char*)(target + k * BLOCK) + place) = units;
             }
-            const int64_t place = ((move.target / BLOCK * taps + tap) * in_units + k) * BLOCK + move.target % BLOCK;
-            CHECK(place >= 0 && (place + move.stores) * 4 <= program.pack_bytes);
-            squeeze(units, move, (uint32_t*)pack + place);
         }
-    }
-
-    static void squeeze(Units units, const Move& move, uint32_t* target) {
-#ifdef __AVX512F__
-        // In a register, then as a whole: compaction into memory is very slow on some processors (Zen 4).
-        const __m512i squeezed = _mm512_maskz_compress_epi32(move.bits, (__m512i)units);
-        _mm512_mask_storeu_epi32(target, (__mmask16)((1u << move.stores) - 1), squeezed);
-#else
-        int64_t lane = 0;
-        for (unsigned bits = move.bits; bits; bits &= bits - 1) target[lane++] = units[__builtin_ctz(bits)];
-        for (; lane < move.stores; ++lane) target[lane] = 0;
-#endif
     }
 
     // --------------------------------------------------------------------------------------- convolution
@@ -505,10 +525,12 @@ struct Convolution {
     // Compute one block of outputs of a few pixels, those of all images counted through.
     void run(int64_t item) const {
         // Block by block, so that weights stay in the cache; or if inputs are larger, as many pixels at a time as stay
-        // there with their inputs.
+        // there with their inputs; or if all weights stay there, all blocks of some pixels, which lie together.
         int64_t together = runs;
         const int64_t in_bytes = group.count * input.height * input.width * in_pitch;
-        if (in_bytes > blocks * BLOCK * taps * in_units * 4) together = std::max<int64_t>(1, CACHED * runs / in_bytes);
+        const int64_t weight_bytes = blocks * BLOCK * taps * in_units * 4;
+        if (in_bytes > weight_bytes) together = std::max<int64_t>(1, CACHED * runs / in_bytes);
+        if (weight_bytes <= CACHED) together = 1;
         const int64_t first = item / (blocks * together) * together;
         const int64_t members = std::min(together, runs - first);
         const int64_t block = (item - first * blocks) / members;
@@ -568,6 +590,11 @@ struct Convolution {
                                         const float* gates, int64_t channel, int64_t count) const {
         Pixel tile_pixels[P];
         locate(tile_pixels, P, from, first_image, gates, channel);
+        for (int p = 0; p < P; ++p)  // what the end of the tile needs comes while products are made
+            for (int64_t place = 0; place < count * Number::SIZE; place += 64) {
+                __builtin_prefetch(tile_pixels[p].target + place, 1);
+                if (residual) __builtin_prefetch(tile_pixels[p].added + place);
+            }
         Vector sums[P][V];
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p)
@@ -743,7 +770,7 @@ struct Simple {
         const int64_t count = std::min(in_count, out_count);
         for (int64_t c = 0; c < count; c += LANES) {
             const int64_t lanes = std::min(LANES, count - c);
-            Vector best;
+            Vector best = {};
             bool first = true;
             for (int64_t down = 0; down < op.kernel_height; ++down)
                 for (int64_t across = 0; across < op.kernel_width; ++across) {
