@@ -1,6 +1,7 @@
-"""Random small networks, gates, sizes and batches in float32, where native code runs them, against the masked network."""
+"""Random small networks, gates, sizes and batches against the masked network, in float32, which native code runs."""
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -62,9 +63,17 @@ def random_gates(widths: list[int], batch: int, rng: random.Random) -> list[Tens
     return gates
 
 
+@pytest.fixture(autouse=True)
+def same_threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @torch.no_grad()
 def check(seed: int) -> None:
     rng = random.Random(seed)
+    torch.set_num_threads(rng.choice([1, 2, 3]))
     torch.manual_seed(seed)
     model: Any = randomise(random_network(rng), seed).eval()
     batch = rng.choice(BATCHES)

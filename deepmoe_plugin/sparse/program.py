@@ -23,18 +23,17 @@ from torch import Tensor
 from ..experts import num_outputs
 from . import build
 from .conv import out_size
-from .fold import Geometry
 from .memory import Workspace, buffer
 from .parts import Part, cut, reads_of
 from .plan import LIMIT, partition
 from .trace import Call, Convolve, Operation, Pool, Scale, Trace
 
 BLOCK = 64
-"""Outputs whose weights lie together, as in program.cpp."""
+"""Outputs whose weights lie together, as in native code."""
 SLACK = 64
 """Bytes behind every value, which a product may read but does not use."""
 MAX_INPUTS = 2**14
-"""Inputs of a row of a kernel, at most: program.cpp has as many zeros to read beyond the border of an image."""
+"""Inputs of a row of a kernel, at most: native code has as many zeros to read beyond the border of an image."""
 MAX_SCHEDULES = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -61,7 +60,7 @@ _rooms = Workspace()
 
 
 class _Header(ctypes.Structure):
-    """`Program` of program.cpp."""
+    """`Program` of native code."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ('values', 'operations', 'parts', 'num_parts', 'groups', 'num_groups')),
@@ -85,6 +84,12 @@ def available(x: Tensor) -> bool:
         and not torch.is_autocast_enabled('cpu')
         and build.library() is not None
     )
+
+
+def fits(trace: Trace) -> bool:
+    """Whether a native program can run these operations."""
+    widths = [op.conv.weight.shape[1] * op.geometry.kernel[1] for op in trace.operations if isinstance(op, Convolve)]
+    return max(widths, default=0) <= MAX_INPUTS
 
 
 class PackedWeight:
