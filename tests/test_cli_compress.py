@@ -36,11 +36,14 @@ def run(folder, output, *more):
     return compress.main(['resnet20_cifar', *checkpoint, '--output', str(output), *ARGS, *more])
 
 
-def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path):
-    summary = run(folder, tmp_path, '--macs', '0.6')
+@pytest.mark.parametrize('arguments', [(), ('experts_per_gate=8',)], ids=str)
+def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path, arguments):
+    summary = run(folder, tmp_path, '--macs', '0.6', '--model-kwargs', 'layers=(1,1,1)', *arguments)
     dense, gated = summary['results']
     assert gated['gmacs'] / dense['gmacs'] == pytest.approx(0.6, abs=0.06)
     assert gated['kept_experts'] < 1
+    assert 0 <= gated['embedding_right'] <= 1
+    assert gated['gate_entropy'] <= gated['use_entropy']
     assert (tmp_path / 'experts.png').stat().st_size > 1000
     assert json.loads((tmp_path / 'results.json').read_text())['results'] == summary['results']
     assert (tmp_path / 'results.md').read_text().count('\n') == 4

@@ -16,6 +16,7 @@ from torch import nn
 
 from deepmoe_plugin import count_macs, gate_statistics
 from deepmoe_plugin.cli import evaluate
+from deepmoe_plugin.handover import measure_handover
 
 CLASSES = ['apple', 'bear', 'crab', 'dolphin', 'elephant', 'fox']
 NAME = 'wide_deepmoe_resnet20_cifar'
@@ -109,6 +110,19 @@ def test_numbers_of_all_images(summary, folder):
     assert 0 < result['dynamic_experts'] < 1
     assert result['dynamic_experts'] == pytest.approx(stats.dynamic_experts, rel=1e-5)
     assert result['width'] == 2
+
+
+def test_what_the_network_knows_beyond_its_embedding(summary, folder):
+    result, _ = summary
+    model = trained()
+    x, labels, _, _ = reference(model, folder)
+    with torch.no_grad():
+        expected = measure_handover(model.gating, model.gating.embedding(x), model(x).argmax(1), labels)
+    assert result['handover'] == pytest.approx(expected._asdict(), rel=1e-6)
+    assert result['handover']['is_fitted']
+    text = evaluate.format_summary(result)
+    assert 'embedding alone (a linear read-out of its mixture): top-1' in text
+    assert f'where it is wrong, the network is right on {100 * expected.right_where_wrong:.2f} %' in text
 
 
 def test_numbers_of_each_class_and_layer(summary, folder):

@@ -96,6 +96,13 @@ def test_a_segmentor_holds_exactly_one_network_and_mmseg_keys(name):
     assert 'backbone.gating.gates.weight' in model.state_dict()
 
 
+@types
+def test_neighbouring_experts_share_a_gate(name):
+    with torch.device('meta'):
+        gates = build(name, experts_per_gate=4).gating.gates
+    assert len(gates.weight) == sum(gates.widths) // 4 > 0
+
+
 @pytest.mark.parametrize('size', [(64, 64), (65, 97)])
 @pytest.mark.parametrize(
     ('name', 'kwargs', 'strides'),
@@ -185,6 +192,7 @@ def test_out_indices_are_checked(out_indices):
         (dict(frozen_stages=5), ['frozen_stages']),
         (dict(norm_cfg=None), ['norm_cfg']),
         (dict(target_kept=2), ['target_kept']),
+        (dict(experts_per_gate=7), ['layer1.0.conv1', 'experts_per_gate=7']),
         (dict(embed_loss_weight=1.0), ['num_classes']),
         (dict(gated=False, gate_loss_weight=1.0), ['gate_loss_weight', 'gated=False']),
         (dict(pretrained='a', init_cfg=dict(type='Pretrained', checkpoint='b')), ['pretrained', 'init_cfg']),

@@ -25,6 +25,9 @@ class GatingConfig(SpecialisationConfig):
 
     num_latent_experts: int = 64
     """K, length of the latent mixture weights `e`."""
+    experts_per_gate: int = 1
+    """Neighbouring channels of a layer that share a gate (ours; the paper has 1). With 8, 16 or 32, what an image keeps
+    fills the vector registers of a processor. It must divide the width of every gated layer."""
     gate_loss_weight: float | None = None
     """lambda of Eq. 7; by default 1, and 0 with a target or when gating is frozen."""
     embed_loss_weight: float = 0.0
@@ -49,7 +52,8 @@ class GatingConfig(SpecialisationConfig):
         super().__post_init__()
         if self.similarity_of not in SIMILARITY_OF:
             raise ValueError(f'similarity_of must be one of {", ".join(SIMILARITY_OF)}, got {self.similarity_of!r}.')
-        check_whole('num_latent_experts', self.num_latent_experts)
+        for name in ('num_latent_experts', 'experts_per_gate'):
+            check_whole(name, getattr(self, name))
         if not isinstance(self.freeze_gating, bool):
             raise ValueError(f'freeze_gating must be True or False, got {self.freeze_gating!r}.')
         if self.gate_norm not in GATE_NORMS:

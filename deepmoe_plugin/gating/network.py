@@ -22,13 +22,13 @@ class GatingRecord(NamedTuple):
     Attributes:
         preact: `W e`, shape (B, N), N the number of experts of all layers together.
         embed_logits: class logits of the embedding, shape (B, num_classes), or None without `L_e`.
-        mixture: latent mixture weights, shape (B, K), where a loss of `SpecialisationConfig` needs them.
+        mixture: latent mixture weights, shape (B, K); its graph only with a loss of `SpecialisationConfig`.
         samples: what the similarity loss takes distances of, shape (B, ...), where it is asked for.
     """
 
     preact: Tensor
     embed_logits: Tensor | None
-    mixture: Tensor | None = None
+    mixture: Tensor
     samples: Tensor | None = None
 
 
@@ -70,7 +70,7 @@ class GatingNetwork(nn.Module):
         self.embedding: Any = ShallowEmbedding(
             in_chans, config.embedding_channels, config.num_latent_experts, norm_layer=norm_layer, **dd
         )
-        self.gates = GateHeads(widths, config.num_latent_experts, **dd)
+        self.gates = GateHeads(widths, config.num_latent_experts, config.experts_per_gate, **dd)
         self.class_scores: nn.Linear | None = None
         if config.embed_loss_weight > 0 and num_classes < 1:
             raise ValueError(
@@ -129,18 +129,21 @@ class GatingNetwork(nn.Module):
             self.class_scores = None
 
     def _record(self, mixture: Tensor, preact: Tensor, samples: Tensor) -> GatingRecord:
-        logits = None
-        if self.class_scores is not None:
-            # Mixture weights average 1/K; scaled to average 1 they train the classifier at ordinary learning rates.
-            scaled = mixture * mixture.shape[1]
-            logits = self.class_scores(scaled.to(self.class_scores.weight.dtype))
         specialisation = self.specialisation
         return GatingRecord(
             preact,
-            logits,
-            mixture if specialisation.active else None,
+            self.class_logits(mixture),
+            mixture if specialisation.active else mixture.detach(),
             samples.detach() if specialisation.needs_samples else None,
         )
+
+    def class_logits(self, mixture: Tensor) -> Tensor | None:
+        """Map mixture weights (B, K) to what the embedding classifier makes of them, (B, num_classes); None without."""
+        if self.class_scores is None:
+            return None
+        # Mixture weights average 1/K; scaled to average 1 they train the classifier at ordinary learning rates.
+        scaled = mixture * mixture.shape[1]
+        return self.class_scores(scaled.to(self.class_scores.weight.dtype))
 
     def freeze(self) -> None:
         """Stop training every gating parameter and statistic; `train()` does not undo it."""
