@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import deepmoe_plugin
 from deepmoe_plugin.sparse import build, program
+from deepmoe_plugin.sparse.operations import Convolve, Operation, Pool, Scale, Trace
 from deepmoe_plugin.sparse.program import OPERATIONS, VALUES, PackedWeight, Program
-from deepmoe_plugin.sparse.trace import Convolve, Operation, Pool, Scale, Trace
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason='needs a C++ compiler and the OpenMP library of GNU')
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -18,8 +18,9 @@ from . import program
 from .conv import WeightCache
 from .fold import eval_view, fingerprint
 from .interpret import Interpreter
+from .operations import Trace
 from .plan import LIMIT
-from .trace import Trace, trace
+from .trace import trace
 
 SMALL_WORK = 8e6
 """Products of a convolution, for each image and thread, below which a batch takes less time masked where torch runs the

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import ragged
 from .conv import GatherConv, WeightCache
+from .operations import Call, Convolve, Operation, Pool, Scale, Trace
 from .parts import Cut, Part, Widen, cut
 from .plan import LIMIT, Group, Kept, Plan, Segment
 from .ragged import RaggedKept
-from .trace import Call, Convolve, Operation, Pool, Scale, Trace
 
 
 class Interpreter:

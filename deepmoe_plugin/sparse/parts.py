@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .operations import Call, Convolve, Operation, Pool, Trace
 from .plan import Reader, Segment
-from .trace import Call, Convolve, Operation, Pool, Trace
 
 
 class Widen(Operation):

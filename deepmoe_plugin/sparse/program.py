@@ -24,9 +24,9 @@ from ..experts import num_outputs
 from . import build
 from .conv import out_size
 from .memory import Workspace, buffer
+from .operations import Call, Convolve, Operation, Pool, Scale, Trace
 from .parts import Part, cut, reads_of
 from .plan import LIMIT, partition
-from .trace import Call, Convolve, Operation, Pool, Scale, Trace
 
 BLOCK = 64
 """Outputs whose weights lie together, as in native code."""
