@@ -585,6 +585,7 @@ class Groups:
 
 def _run(library: Any, header: _Header) -> None:
     """Run the native program on torch's threads."""
+    header.tickets = (ctypes.c_int64 * 4)()  # the call before has left its own
     openmp = build.openmp()
     header.thread_number = build.address_of(openmp.omp_get_thread_num)
     header.thread_count = build.address_of(openmp.omp_get_num_threads)
