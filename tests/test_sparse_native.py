@@ -6,6 +6,7 @@ Tests run it with every address checked (see `build.CHECKED`).
 import functools
 import logging
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 import deepmoe_plugin
 from deepmoe_plugin.models.deepmoe_convnext import GatedResponseNorm
 from deepmoe_plugin.sparse import build, program
+from deepmoe_plugin.sparse.operations import Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 from deepmoe_plugin.sparse.program import OPERATIONS, VALUES, PackedWeight, Program
-from deepmoe_plugin.sparse.trace import Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason='needs a C++ compiler and the OpenMP library of GNU')
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -233,9 +234,10 @@ def test_pooling_scaling_and_widening(window: tuple[int, int, int], dtype: torch
 
 @torch.no_grad()
 @pytest.mark.parametrize('threads', [1, 2, 3])
-@pytest.mark.parametrize('batch', [1, 2, 13])
-def test_any_number_of_threads(batch: int, threads: int) -> None:
-    model = network('bottleneck_a')
+@pytest.mark.parametrize(('structure', 'batch'), [('bottleneck_a', 1), ('bottleneck_a', 13), ('convnext', 2)])
+def test_any_number_of_threads(structure: str, batch: int, threads: int) -> None:
+    """Where torch runs operations in between, native code is called several times for a batch."""
+    model = network(structure)
     with_gates(model, random_gates(model, batch, 0.4))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -335,7 +337,9 @@ def test_records_have_the_size_that_native_code_reads() -> None:
 
 def test_packed_weights_lie_as_native_code_reads_them() -> None:
     conv = random_conv(18, 70, torch.float32)
-    packed = PackedWeight(Convolve(['a'], 'b', conv=conv)).blocks.view(2, 9, 18, 64)
+    packed = PackedWeight(Convolve(['a'], 'b', conv=conv)).blocks
+    assert packed is not None
+    packed = packed.view(2, 9, 18, 64)
     for output in (0, 63, 64, 69):
         expected = conv.weight[output].flatten(1).t()
         assert torch.equal(packed[output // 64, :, :, output % 64], expected)
@@ -360,3 +364,50 @@ def test_schedules_do_not_pile_up() -> None:
     for size in range(32, 52):
         sparse(images(1, size))
     assert len(sparse.executor.native()._schedules) == program.MAX_SCHEDULES
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('flags', ['-mno-avx512f', '-march=x86-64'])
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='names features of x86-64')
+def test_processors_without_avx512(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX2, and plain vectors, which is what Arm compiles."""
+    monkeypatch.setattr(build, 'FLAGS', (*build.FLAGS, flags))
+    monkeypatch.setattr(build, '_found', functools.cache(build._found.__wrapped__))
+    assert not build.missing()
+    for structure in ('cifar', 'bottleneck_a'):
+        model = network(structure)
+        assert_exact(with_gates(model, random_gates(model, 3, 0.4)), images(3, 40))
+    conv, gates = random_conv(34, 75, torch.bfloat16), [gates_of(2, 75, 0.4, 1)]
+    after = random_conv(75, 40, torch.bfloat16)
+    x = torch.randn(2, 34, 6, 7).bfloat16()
+    operations = [Convolve(['x'], 'a', 0, conv=conv, activation='relu'), Convolve(['a'], 'b', conv=after)]
+    a = (
+        np.maximum(convolution(x.double().numpy(), *arrays(conv), conv), 0)
+        * gates[0].double().numpy()[:, :, None, None]
+    )
+    b = convolution(torch.from_numpy(a).bfloat16().double().numpy(), *arrays(after), after)
+    assert close(run(operations, x, gates, 'b'), b, torch.bfloat16)
+
+
+@torch.no_grad()
+def test_kernels_too_wide_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, 'MAX_INPUTS', 100)
+    model = network('cifar')
+    sparse: Any = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 1, 0.4)))
+    assert_exact(model, images(1), sparse)
+    assert sparse.executor._program is None
+
+
+@torch.no_grad()
+def test_weights_of_all_experts_are_made_when_all_are_kept() -> None:
+    """Else they would take the memory of the network twice."""
+    model = network('cifar')
+    gates = random_gates(model, 1, 0.4)
+    sparse: Any = deepmoe_plugin.sparsify(with_gates(model, gates))
+    assert_exact(model, images(1), sparse)
+    gated = [weight for weight in sparse.executor.native().weights.values() if weight.rows is not None]
+    assert len(gated) == len(gates)
+    assert all(weight.blocks is None for weight in gated)
+    gates[1][:] = 1
+    assert_exact(model, images(1), sparse)
+    assert sum(weight.blocks is not None for weight in gated) == 1

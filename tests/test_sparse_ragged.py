@@ -1,4 +1,7 @@
-"""Ragged batches: the Triton kernels in the interpreter, on CPU tensors, and what surrounds them."""
+"""Ragged batches: the Triton kernels in the interpreter, on CPU tensors, and what surrounds them.
+
+Longer than other files: kernels, their interpreter on the host and the checks on a GPU need the same fixtures.
+"""
 
 import copy
 import importlib.util

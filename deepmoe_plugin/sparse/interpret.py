@@ -13,10 +13,10 @@ from torch import Tensor
 from ..models.deepmoe_convnext import response_norm
 from . import ragged
 from .conv import GatherConv, WeightCache
+from .operations import Call, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 from .parts import Cut, Part, Widen, cut
 from .plan import LIMIT, Group, Kept, Plan, Segment
 from .ragged import RaggedKept
-from .trace import Call, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 
 
 class Interpreter:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .fold import geometry_of
+from .operations import Call, Convolve, Depthwise, Operation, Pool, Trace
 from .plan import Reader, Segment
-from .trace import Call, Convolve, Depthwise, Operation, Pool, Trace
 
 
 class Widen(Operation):

@@ -25,18 +25,18 @@ from . import build
 from .conv import out_size
 from .fold import geometry_of
 from .memory import Workspace, buffer
+from .operations import Call, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 from .parts import Part, cut, reads_of
 from .plan import LIMIT, partition
-from .trace import Call, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 
 BLOCK = 64
-"""Outputs whose weights lie together, as in program.cpp."""
+"""Outputs whose weights lie together, as in native code."""
 LANES = 16
-"""Channels in a vector, as in program.cpp."""
+"""Channels in a vector, as in native code."""
 SLACK = 64
 """Bytes behind every value, which a product may read but does not use."""
 MAX_INPUTS = 2**14
-"""Inputs of a row of a kernel, at most: program.cpp has as many zeros to read beyond the border of an image."""
+"""Inputs of a row of a kernel, at most: native code has as many zeros to read beyond the border of an image."""
 MAX_SCHEDULES = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -49,7 +49,7 @@ OPERATIONS = np.dtype(
         for name in (
             *('kind', 'input', 'output', 'residual', 'kernel_height', 'kernel_width', 'pad_height', 'pad_width'),
             *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'image_channels', 'activation'),
-            *('weight', 'bias', 'weight_bytes', 'rows', 'rows_bytes'),
+            *('bias', 'weight', 'weight_bytes', 'rows', 'rows_bytes'),
         )
     ]
 )
@@ -57,13 +57,13 @@ PARTS = np.dtype([(name, np.int64) for name in ('first', 'last', 'num_groups', '
 GROUPS = np.dtype(
     [(name, np.int64) for name in ('first', 'count', 'first_layer', 'num_layers', 'masks', 'lists', 'lists_bytes')]
 )
-KEPT_BYTES, MOVE_BYTES = 32, 12
+KEPT_BYTES, MOVE_BYTES = 32, 16
 
 _rooms = Workspace()
 
 
 class _Header(ctypes.Structure):
-    """`Program` of program.cpp."""
+    """`Program` of native code."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ('values', 'operations', 'parts', 'num_parts', 'groups', 'num_groups')),
@@ -89,37 +89,53 @@ def available(x: Tensor) -> bool:
     )
 
 
+def fits(trace: Trace) -> bool:
+    """Whether a native program can run these operations."""
+    widths = [op.conv.weight.shape[1] * op.geometry.kernel[1] for op in trace.operations if isinstance(op, Convolve)]
+    return max(widths, default=0) <= MAX_INPUTS
+
+
 class PackedWeight:
     """A convolution's weight with its norm folded in, as native code reads it.
 
     Attributes:
+        rows: of gated outputs: (output, kernel position, input), inputs filled up to a multiple of the pair that two
+            are in bfloat16. Of closed outputs nothing is read.
         blocks: (output / BLOCK, kernel position, input, BLOCK), zeros behind the last output; in bfloat16, two
-            neighbouring inputs lie side by side for each output.
+            neighbouring inputs lie side by side for each output. Of gated outputs, None until all are kept: see `fill`.
         bias: (outputs,), float32.
-        rows: the same as (output, kernel position, input), of convolutions whose outputs are selected and whose inputs
-            are not: of closed outputs nothing is read then.
+        block_bytes: what `blocks` takes.
     """
 
-    def __init__(self, operation: Convolve, selects_outputs: bool = False) -> None:
+    def __init__(self, operation: Convolve) -> None:
         weight, bias = operation.folded()
-        outputs, inputs, height, width = weight.shape
-        pair = 4 // weight.element_size()
-        taps, blocks = height * width, -(-outputs // BLOCK)
-        padded = _round_up(inputs, pair)
-        self.blocks = buffer(blocks * taps * padded * BLOCK, weight.dtype)
-        target = self.blocks.view(blocks, taps, padded // pair, BLOCK, pair)
-        for block in range(blocks):
-            part = weight[block * BLOCK : (block + 1) * BLOCK].flatten(2)  # (outputs, inputs, positions)
-            if padded > inputs:
-                part = torch.nn.functional.pad(part, (0, 0, 0, padded - inputs))
-            part = part.view(len(part), padded // pair, pair, taps).permute(3, 1, 0, 2)
-            target[block, :, :, : part.shape[2]] = part
+        self.pair = 4 // weight.element_size()
+        outputs, inputs, *kernel = weight.shape
+        self.shape = outputs, math.prod(kernel), _round_up(inputs, self.pair)
+        self.block_bytes = _round_up(outputs, BLOCK) * self.shape[1] * self.shape[2] * weight.element_size()
         self.bias = bias.float().contiguous()
-        self.rows = None
-        if selects_outputs:
-            self.rows = buffer(outputs * taps * padded, weight.dtype)
-            ordered = weight.flatten(2).transpose(1, 2)
-            self.rows.view(outputs, taps, padded).copy_(torch.nn.functional.pad(ordered, (0, padded - inputs)))
+        # Vectors of inputs may reach beyond the last row.
+        self.rows: Tensor | None = buffer(math.prod(self.shape) + SLACK, weight.dtype)
+        self.rows[: math.prod(self.shape)].view(self.shape)[:, :, :inputs] = weight.flatten(2).transpose(1, 2)
+        self.blocks: Tensor | None = None
+        self._lock = threading.Lock()
+        if operation.layer is None:
+            self.fill()
+            self.rows = None
+
+    def fill(self) -> None:
+        """Make `blocks`."""
+        with self._lock:
+            if self.blocks is not None:
+                return
+            assert self.rows is not None
+            outputs, taps, inputs = self.shape
+            blocks = buffer(self.block_bytes // self.rows.element_size(), self.rows.dtype)
+            target = blocks.view(-1, taps, inputs // self.pair, BLOCK, self.pair)
+            rows = self.rows[: math.prod(self.shape)].view(outputs, taps, inputs // self.pair, self.pair)
+            for block, part in enumerate(rows.split(BLOCK)):
+                target[block, :, :, : len(part)] = part.permute(1, 2, 0, 3)
+            self.blocks = blocks
 
 
 class ChannelWeight:
@@ -185,14 +201,7 @@ class Program:
         self.set_limits([LIMIT] * len(self.widths))
         self.library = build.library()
         convolutions = [op for op in trace.operations if isinstance(op, Convolve)]
-        layers = {op.output: op.layer for op in trace.operations}
-        self.weights = {
-            op.output: PackedWeight(
-                op,
-                selects_outputs=op.layer is not None and layers.get(op.inputs[0]) is None,
-            )
-            for op in convolutions
-        }
+        self.weights = {op.output: PackedWeight(op) for op in convolutions}
         operations = trace.operations
         self.channel_weights = {op.output: ChannelWeight(op) for op in operations if isinstance(op, Depthwise)}
         self.response_weights = {op.output: _with_epsilon(op.norm) for op in operations if isinstance(op, Respond)}
@@ -240,6 +249,10 @@ class Schedule:
         self.operations = np.array([tuple(row.values()) for row in rows], dtype=OPERATIONS)
         self._place()
         self.groups = self._alone() if self.batch == 1 else None
+        # Convolutions, and their gated layers, whose weights for all experts are still missing.
+        layers = self.table['layer'][self.operations['output']]
+        convolves = (self.operations['kind'] == CONVOLVE) & (self.operations['weight'] == 0)
+        self.unfilled = {int(number): int(layers[number]) for number in np.flatnonzero(convolves)}
 
     # ---------------------------------------------------------------------------------- operations and shapes
 
@@ -326,7 +339,8 @@ class Schedule:
             weight = self.program.weights[op.output]
             row.update(kind=CONVOLVE, **_geometry(*op.geometry))
             row.update(activation=ACTIVATIONS.index(op.activation), bias=weight.bias.data_ptr())
-            row.update(weight=weight.blocks.data_ptr(), weight_bytes=weight.blocks.nbytes)
+            if weight.blocks is not None:
+                row.update(weight=weight.blocks.data_ptr(), weight_bytes=weight.blocks.nbytes)
             if weight.rows is not None:
                 row.update(rows=weight.rows.data_ptr(), rows_bytes=weight.rows.nbytes)
             if op.residual:
@@ -391,7 +405,7 @@ class Schedule:
         self.inside = np.array([i not in self.outside for i in range(len(self.values))])
         self.arena_bytes = max((high for *_, high in taken), default=0)
         gathered = [
-            int(row['weight_bytes'])
+            self.program.weights[self.values[row['output']]].block_bytes
             for row in self.operations
             if row['kind'] == CONVOLVE and max(table['layer'][row['output']], table['layer'][row['input']]) >= 0
         ]
@@ -420,6 +434,20 @@ class Schedule:
             chosen.append(partition(part.segment, masks, entry.height * entry.width))
         return Groups(self, chosen, kept)
 
+    def _fill_weights(self, masks: np.ndarray) -> None:
+        """Make the weights of layers of which a group keeps all experts, where they are still missing."""
+        if not self.unfilled:
+            return
+        starts = self.program.layer_starts
+        full = np.logical_and.reduceat(masks, starts[:-1], axis=1).any(0)
+        for number in [number for number, layer in list(self.unfilled.items()) if full[layer]]:
+            weight = self.program.weights[self.values[self.operations[number]['output']]]
+            weight.fill()
+            assert weight.blocks is not None
+            self.operations['weight_bytes'][number] = weight.blocks.nbytes
+            self.operations['weight'][number] = weight.blocks.data_ptr()
+            self.unfilled.pop(number, None)
+
     # ---------------------------------------------------------------------------------------------------- run
 
     def run(self, x: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
@@ -436,6 +464,7 @@ class Schedule:
                 counts = np.where(many, program.widths, counts)
         groups = self.groups or self._choose_groups(kept)
         masks = groups.masks(kept)
+        self._fill_weights(masks)
         threads = torch.get_num_threads()
         rooms_bytes = max(2, threads) * self.pack_bytes
         memory = _rooms.take(64 + self.arena_bytes + rooms_bytes + groups.lists_bytes)
@@ -612,6 +641,7 @@ class Groups:
 
 def _run(library: Any, header: _Header) -> None:
     """Run the native program on torch's threads."""
+    header.tickets = (ctypes.c_int64 * 4)()  # the call before has left its own
     openmp = build.openmp()
     header.thread_number = build.address_of(openmp.omp_get_thread_num)
     header.thread_count = build.address_of(openmp.omp_get_num_threads)

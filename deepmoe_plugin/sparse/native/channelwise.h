@@ -1,4 +1,12 @@
-// Depthwise convolutions and norms; a part of program.cpp.
+// Depthwise convolutions and norms.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kept.h"
+#include "numbers.h"
 
 // `norm(conv(x))` of all channels, either of them only if the operation has it.
 template <class Number>
