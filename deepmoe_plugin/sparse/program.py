@@ -439,7 +439,7 @@ class Schedule:
         if not self.unfilled:
             return
         starts = self.program.layer_starts
-        full = np.logical_and.reduceat(masks, starts[:-1], axis=1).any(0)
+        full: Any = np.logical_and.reduceat(masks, starts[:-1], axis=1).any(0)
         for number in [number for number, layer in list(self.unfilled.items()) if full[layer]]:
             weight = self.program.weights[self.values[self.operations[number]['output']]]
             weight.fill()
