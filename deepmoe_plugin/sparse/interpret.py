@@ -133,7 +133,7 @@ class Interpreter:
             return _without_unused(inputs[0], kept_in).norm(p=2, dim=(2, 3), keepdim=True)
         if isinstance(op, Respond):
             assert gate is not None
-            return _responded(op.norm, *inputs, kept_in, gate)
+            return _responded(op.norm, inputs[0], inputs[1], kept_in, gate)
         if isinstance(op, Pool):
             kernel, padding, stride, dilation = op.window
             pooled = F.max_pool2d(inputs[0], kernel, stride, padding, dilation)
