@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .arguments import check_whole
 from .models.specialised_moe import AttentiveGate, SpecialisedMoE
+from .tracing import at_least_float32
 
 
 class ChosenExperts(nn.Module):
@@ -28,7 +28,7 @@ class ChosenExperts(nn.Module):
         network.check_images(x)
         assert network.gate is not None
         own = network.gate(x)
-        dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
+        dtype = at_least_float32(own)
         gates, chosen = network.gate.score(own, own).softmax(1, dtype=dtype).topk(self.top_k, dim=1)
         log_gates = (gates / gates.sum(1, keepdim=True)).log()
         output = log_gates.new_empty(x.shape[0], self.top_k, network.num_classes)

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     'stacked, phase 2': ('dmoe_4x50_4x20', dict(hidden=(8, 6))),
     'stacked, single': ('dmoe_4x50_4x20', dict(hidden=(8, 6), second_layer='single')),
     'stacked, concat': ('dmoe_4x50_4x20', dict(hidden=(8, 6), second_layer='concat')),
+    'one layer': ('dmoe_4x100', dict(hidden=(8,))),
     'three layers': ('dmoe_4x50_4x20', dict(experts=(3, 4, 5), hidden=(8, 6, 4), gate_hidden=(5, 5, 5))),
     'dnn': ('dmoe_dnn_4x50_4x20', dict(hidden=(8, 6))),
     'softmax': ('moe_mnist', dict(importance_loss_weight=0.2)),
@@ -146,6 +147,8 @@ def test_default_cfg_names_what_exists(name: str) -> None:
     assert cfg['architecture'] == name
     assert model.num_classes == cfg['num_classes']
     assert (model.in_chans, *model.img_size) == cfg['input_size']
+    assert all(isinstance(model.get_submodule(path), nn.Conv2d) for path in cfg['first_conv'])
+    assert bool(cfg['first_conv']) == (name in SPECIALISED)
     names = [cfg['classifier']] if isinstance(cfg['classifier'], str) else cfg['classifier']
     heads = [model.get_classifier()] if isinstance(cfg['classifier'], str) else list(model.get_classifier())
     assert [model.get_submodule(path) for path in names] == heads
@@ -172,6 +175,20 @@ def test_features_and_head_make_the_output(case: str) -> None:
     before = model.forward_head(model.forward_features(x), pre_logits=True)
     model.reset_classifier(0)
     torch.testing.assert_close(model(x), before)
+
+
+@cases
+def test_weights_in_bfloat16_give_outputs_in_bfloat16(case: str) -> None:
+    model = build(case).eval()
+    x, _ = batch_for(model)
+    expected = model(x)
+    output = model.to(torch.bfloat16)(x.to(torch.bfloat16))
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1)
+    model.reset_classifier(0)
+    assert model(x.to(torch.bfloat16)).dtype == torch.bfloat16
+    model.reset_classifier(3)
+    assert not any(module.training for module in model.modules())
 
 
 @cases
@@ -428,9 +445,10 @@ def test_compiled_training_has_the_same_gradient(case: str) -> None:
 
 
 @torch.no_grad()
-@cases
-def test_symbolic_trace(case: str) -> None:
-    model = build(case).eval()
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('case', [case for case in CASES if case != 'stacked'])  # its constraint counts examples
+def test_symbolic_trace(case: str, train: bool) -> None:
+    model = build(case).train(train)
     x, _ = batch_for(model)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
 
