@@ -16,7 +16,7 @@ COMMANDS = {
     'evaluate': 'accuracy, kept experts and MACs of a classifier on a folder of images',
     'analyze': 'figures of what gates do',
     'flops': 'parameters and MACs of networks, of segmentors too',
-    'compress': 'make a trained classifier cheaper: gate it, train on, compare',
+    'compress': 'make a trained classifier or segmentor cheaper: gate it, train on, compare',
     'benchmark': 'time sparse execution',
     'benchmark-training': 'step time and memory that gating costs in training',
     'demo': 'train a small classifier on 5,000 real digits',

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 _logger = logging.getLogger(__name__)
 
 GATING_PREFIX = 'gating.'
-# What a checkpoint may have or not: what only training needs, and the threshold, which earlier versions lack.
-_OPTIONAL = (GATING_PREFIX + 'class_scores.', GATING_PREFIX + 'budget.', GATING_PREFIX + 'gates.threshold')
+# What a checkpoint may have or not: what only training needs, and threshold and curve, which earlier versions lack.
+_OPTIONAL = tuple(GATING_PREFIX + name for name in ('class_scores.', 'budget.', 'gates.threshold', 'curve.'))
 # Names of earlier versions, which contain the `head`, `classifier` and `fc` that users and hosts select parameters by.
 _RENAMED = {'heads.': 'gates.', 'classifier.': 'class_scores.', 'embedding.fc.': 'embedding.mixture.'}
 _NAMED = 5  # tensors that an error message names
@@ -226,7 +226,9 @@ def check_shapes(model: Any, own: Mapping[str, Tensor], state_dict: Mapping[str,
             'unwidened; wide_resnet50_2 is the dense twin of wide_deepmoe_resnet50)'
         )
     elif key == f'{prefix}{GATING_PREFIX}gates.weight':
-        remedy = 'create the model with the `num_latent_experts`, `widen` and `bottleneck` of the checkpoint'
+        shared = _experts_per_gate(model, own[key], state_dict[key])
+        of_gates = f'experts_per_gate={shared}' if shared else '`num_latent_experts` and the `widen`'
+        remedy = f'create the model with the {of_gates} and the `bottleneck` of the checkpoint'
     elif key.startswith(prefix + GATING_PREFIX):
         remedy = 'create the model with the `num_latent_experts`, `embedding_channels` and `in_chans` of the checkpoint'
     else:
@@ -235,3 +237,11 @@ def check_shapes(model: Any, own: Mapping[str, Tensor], state_dict: Mapping[str,
         f'{key} has shape {tuple(state_dict[key].shape)} in the checkpoint and {tuple(own[key].shape)} in this model '
         f'({len(wrong)} tensors differ): {remedy}.'
     )
+
+
+def _experts_per_gate(model: Any, own: Tensor, loaded: Tensor) -> int:
+    """How many experts share a gate in a checkpoint of gate heads, if that is all that differs; otherwise 0."""
+    experts = sum(model.gating.gates.widths)
+    if own.shape[1:] != loaded.shape[1:] or not len(loaded) or experts % len(loaded):
+        return 0
+    return experts // len(loaded)

@@ -31,25 +31,27 @@ def gating_loss(
     Returns:
         Scalars `loss_gate`, `loss_embed`, `loss_importance` and `loss_similarity`, weighted (each only where it
         applies); and without gradient `kept_experts`, the fraction of experts kept, `dynamic_experts`, the fraction of
-        experts that some images of the batch keep and others do not, and with a loss on the latent mixture its
-        entropies in bits, `gate_entropy` and `use_entropy`.
+        experts that some images of the batch keep and others do not, and the entropies of the latent mixture in bits,
+        `gate_entropy` of each image's and `use_entropy` of their mean.
 
     Raises:
         ValueError: `L_e` needs a target and a criterion; or see `MacsTable.check_target`.
     """
     terms: Terms = {}
     if not gating.frozen:
+        gating.curve.forget()
         if gating.gate_loss_weight > 0:
-            terms['loss_gate'] = gating.gate_loss_weight * _norm(gating, gating.gates.cut(record.preact), table)
+            terms['loss_gate'] = gating.gate_loss_weight * _norm(
+                gating, gating.gates.cut(record.preact, threshold=gating.threshold), table
+            )
         if record.embed_logits is not None:
             if target is None or criterion is None:
                 raise ValueError('embed_loss_weight > 0 needs the target and the criterion of the base network.')
             terms['loss_embed'] = gating.embed_loss_weight * criterion(record.embed_logits, target)
-        if record.mixture is not None:
-            terms.update(gating.specialisation.terms(record.mixture, record.samples))
-            terms['gate_entropy'] = gate_entropy(record.mixture.detach())
-            terms['use_entropy'] = use_entropy(record.mixture.detach())
-    kept = record.preact.detach() > gating.gates.threshold
+        terms.update(gating.specialisation.terms(record.mixture, record.samples))
+    terms['gate_entropy'] = gate_entropy(record.mixture.detach())
+    terms['use_entropy'] = use_entropy(record.mixture.detach())
+    kept = record.preact.detach() > gating.threshold
     terms['kept_experts'] = kept.float().mean()
     terms['dynamic_experts'] = dynamic_experts(kept)
     if gating.budget is not None and not gating.frozen:

@@ -35,15 +35,25 @@ class DeepMoE(GatedNetwork, TermSource):
             config: arguments of the gating network.
             min_size: smallest image side in pixels that the network accepts.
             kwargs: the base network's arguments, of which norm layer, device and dtype hold for the gating network too.
+
+        Raises:
+            ValueError: `experts_per_gate` does not divide the width of a layer; the message names it.
         """
         layers = self.expert_layers
+        widths = expert_widths(self, layers)
+        for layer, width in zip(layers, widths, strict=True):
+            if width % config.experts_per_gate:
+                raise ValueError(
+                    f'{layer.conv} has {width} experts, which experts_per_gate={config.experts_per_gate} does not '
+                    f'divide: choose a divisor of {width}, or a `widen` that makes it a multiple.'
+                )
         for layer in layers:
             channels_last = isinstance(self.get_submodule(layer.conv), nn.Linear)
             gated = GatedActivation(self.get_submodule(layer.act), channels_last, config.has_target)
             self.set_submodule(layer.act, gated)
         gating = GatingNetwork(
             config,
-            expert_widths(self, layers),
+            widths,
             in_chans=self.in_chans,
             num_classes=self.num_classes,
             min_size=min_size,
@@ -136,6 +146,7 @@ class DeepMoE(GatedNetwork, TermSource):
         gating = self.gating
         settings = f'it is {gating.gate_loss_weight:g}, with gate_norm={gating.gate_norm!r}'
         self.watch.see(
+            # Not the threshold drawn for this step: it makes experts come and go whatever the image.
             record.preact.detach() > gating.gates.threshold,
             settings,
             recovers=gating.budget is not None and not gating.frozen,

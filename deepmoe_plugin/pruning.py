@@ -38,7 +38,7 @@ def prune(model: nn.Module, loader: Iterable[Batch], tolerance: float = 0.0) -> 
     """Remove the experts that no calibration image keeps; what is left is an ordinary model, only smaller.
 
     Without a tolerance the result computes exactly what `model` does (to float rounding) for every image that keeps
-    none of the removed experts, the calibration images among them. At least one expert of each layer is kept.
+    none of the removed experts, the calibration images among them. Each layer keeps the experts of at least one gate.
 
         smaller = deepmoe_plugin.prune(model, loader)
         timm.models.save_for_hf(smaller, 'pruned', safe_serialization=True)
@@ -76,19 +76,26 @@ def prune(model: nn.Module, loader: Iterable[Batch], tolerance: float = 0.0) -> 
             )
     _check_rebuilt(model)
     stats = gate_statistics(model, loader)
-    kept = _choose(stats.kept.float().mean(0).split(stats.widths), model.expert_layers, tolerance)
+    used = stats.kept.float().mean(0).split(stats.widths)
+    kept = _choose(used, model.expert_layers, tolerance, model.gating.gates.experts_per_gate)
     smaller = _without(model, kept).eval()
     top1 = (_top1(model, loader), _top1(smaller, loader)) if tolerance else (None, None)
     cast(Any, smaller).pruning = Pruning(stats.widths, tuple(len(index) for index in kept), *top1)
     return smaller
 
 
-def _choose(used: Sequence[Tensor], layers: Sequence[ExpertLayer], tolerance: float) -> list[Tensor]:
-    """Indices of the experts that are kept in each layer; all of them where the classifier reads the layer directly."""
+def _choose(
+    used: Sequence[Tensor], layers: Sequence[ExpertLayer], tolerance: float, experts_per_gate: int
+) -> list[Tensor]:
+    """Indices of the experts that are kept in each layer; all of them where the classifier reads the layer directly.
+
+    Experts of one gate are kept or removed together, as images use them equally often.
+    """
     kept = []
     for layer, part in zip(layers, used, strict=True):
         is_kept = part > tolerance if layer.consumer else torch.ones_like(part, dtype=torch.bool)
-        is_kept[part.argmax()] = True
+        best = int(part.argmax()) // experts_per_gate * experts_per_gate
+        is_kept[best : best + experts_per_gate] = True
         kept.append(is_kept.nonzero().flatten())
     return kept
 
@@ -144,23 +151,34 @@ def _without(model: DeepMoE, kept: Sequence[Tensor]) -> DeepMoE:
         setattr(smaller, name, getattr(built, name))
     starts = torch.tensor([0, *model.gating.gates.widths]).cumsum(0)
     rows = torch.cat([start + index for start, index in zip(starts, kept, strict=False)])
-    _keep(smaller.gating.gates, rows)
+    experts_per_gate = model.gating.gates.experts_per_gate
+    _keep(smaller.gating.gates, rows[::experts_per_gate] // experts_per_gate)
     smaller.gating.gates.widths = widths
-    for layer, index in zip(model.expert_layers, kept, strict=True):
-        conv: Any = smaller.get_submodule(layer.conv)
+    leave_only(smaller, kept)
+    return smaller
+
+
+def leave_only(network: Any, kept: Sequence[Tensor]) -> None:
+    """Take all but some experts out of the layers of a network, gated or dense, in place; gate heads stay as they are.
+
+    Args:
+        network: has `expert_layers`. Experts that none of its layers reads are read by the classifier.
+        kept: indices of the experts of each layer that stay, ascending.
+    """
+    for layer, index in zip(network.expert_layers, kept, strict=True):
+        conv: Any = network.get_submodule(layer.conv)
         _keep(conv, index)
         setattr(conv, 'out_features' if isinstance(conv, nn.Linear) else 'out_channels', len(index))
         if layer.late_norm:
-            _keep(smaller.get_submodule(layer.late_norm), index)
+            _keep(network.get_submodule(layer.late_norm), index)
         if layer.norm:
-            norm: Any = smaller.get_submodule(layer.norm)
+            norm: Any = network.get_submodule(layer.norm)
             _keep(norm, index)
             norm.num_features = len(index)
-        if layer.consumer:
-            consumer: Any = smaller.get_submodule(layer.consumer)
-            consumer.weight = _selected(consumer.weight, index, 1)
-            setattr(consumer, 'in_features' if isinstance(consumer, nn.Linear) else 'in_channels', len(index))
-    return smaller
+        reader: Any = network.get_submodule(layer.consumer) if layer.consumer else network.get_classifier()
+        if isinstance(reader, nn.Conv2d | nn.Linear):
+            reader.weight = _selected(reader.weight, index, 1)
+            setattr(reader, 'in_features' if isinstance(reader, nn.Linear) else 'in_channels', len(index))
 
 
 def _keep(module: nn.Module, index: Tensor) -> None:

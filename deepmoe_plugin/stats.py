@@ -45,10 +45,10 @@ class GateStatistics(NamedTuple):
         """How often the images of each class keep each expert, shape (classes, N); NaN for a class without images.
 
         Args:
-            labels: class index of each image, shape (images,).
+            labels: class index of each image, shape (images,), or which classes each shows, shape (images, classes).
         """
-        one_hot = nn.functional.one_hot(labels.long()).to(torch.float32)
-        return one_hot.T @ self.kept.float() / one_hot.sum(0)[:, None]
+        shown = (nn.functional.one_hot(labels.long()) if labels.ndim == 1 else labels).to(torch.float32)
+        return shown.T @ self.kept.float() / shown.sum(0)[:, None]
 
     def dead(self) -> dict[str, int]:
         """Number of experts in each layer that no image keeps."""

@@ -1,36 +1,47 @@
-"""Gates for a trained network: what its experts are worth, and which image needs which (ours).
+"""Gates for a trained network: what its experts are worth, and which images use them (ours).
 
 A trained dense network knows two things that its gates would otherwise have to find out while they close:
 
 * What an expert is worth. The gradient of the loss with respect to its gate, at one, is the first-order change of the
-  loss if the gate closes (Molchanov et al. 2017, the Taylor criterion); divided by its MACs, it ranks the experts of
-  all layers.
+  loss if the gate closes (Molchanov et al. 2017, the Taylor criterion); its root mean square over images, divided by a
+  power of the expert's MACs, ranks the experts of all layers.
 * Which images use it. The activations of an expert on one image, relative to its average, say how much there is to
   lose for this image. No label enters, so that the gates know the image and not the answer.
 
-The shallow embedding learns to predict the second from the image, with the gate heads as the linear map from its
-mixture to the experts. `W e` is then the rank of each expert for each image, spread around one, and the threshold of
-the gates can close the least useful experts first.
+The shallow embedding learns to predict the second from the image. Then the images fall into as many groups as there
+are latent experts, each of images that use the network alike, and the mixture names the group. An image keeps what its
+group keeps. A few fixed sets of experts train better than a set of its own for each image: the network learns to do
+without what a group closes, as it does with static pruning, while experts that come and go at random disturb it.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .experts import GatedNetwork, find_deepmoe
+from .gating.budget import find_threshold
+from .stats import fraction_kept
 
-SPREAD = 0.2
+SPREAD = 0.05
 """Standard deviation of `W e` over experts, about one: gates scale channels, and this much does not disturb."""
-IMAGE_SHARE = 0.3
-"""Weight of the image beside the average: the logarithm of an expert's relative activation is predicted only in part,
-and with more weight its errors close experts that the image needs."""
+IMAGE_SHARE = 0.5
+"""Weight of the group of images beside the average: what its experts are worth differs less than their activations."""
+SHARPNESS = 8.0
+"""Of the mixture: the logits are squared distances to the groups, in units of the mean one divided by this."""
+PRICE = 0.7
+"""Power of the MACs that the worth of an expert is divided by: at 1, expensive layers end with hardly an expert."""
+NEARNESS = 0.5  # groups differ in experts whose rank is this near to the last one that the budget has room for
 LIMIT = 2.5  # of the standardised rank, either way: outliers would only stretch the scale
 LEARNING_RATE = 0.01  # of Adam, for the embedding; falls to zero along a cosine, epoch by epoch
 FLOOR = 0.05  # of the average activation, added to that of an image before the logarithm
+SMALLEST = 0.05  # gate of a kept expert: at zero it would be closed for good
+GROUPED_IMAGES = 20_000  # images that the groups are found on
+LLOYD_STEPS = 30
 
 Batch = Sequence[Any]
 
@@ -64,17 +75,22 @@ def warm_start(
     model.eval()
     try:
         worth, activation = _measure(model, network, loader, criterion, importance_images, progress)
-        rank = (worth / network.macs_of_experts().to(worth.device)).clamp(min=torch.finfo(worth.dtype).tiny).log()
+        gates = network.gating.gates
+        macs = gates.by_gate(network.macs_of_experts()).to(worth.device)
+        rank = (worth / macs.pow(PRICE)).clamp(min=torch.finfo(worth.dtype).tiny).log()
         # The median: dead experts, whose logarithm is far below all others, would draw a mean to themselves.
         rank = (rank - rank.median()).clamp(-LIMIT, LIMIT)
-        rows, offset = _train_embedding(model, network, loader, activation, epochs, progress)
+        use = _train_embedding(model, network, loader, activation, epochs, progress)
+        last = _last_rank(network, rank)
+        weights = macs.sqrt() if last is None else macs.sqrt() * (-((rank - last) / NEARNESS).square()).exp()
+        groups = _group_images(network, loader, use.rows * weights[:, None], progress)
         with torch.no_grad():
-            # The mixture sums to one, so that a constant of the prediction is a constant of each row.
-            static = rank + IMAGE_SHARE * (offset - rows.sum(1))
-            heads = 1 + SPREAD * (static[:, None] + IMAGE_SHARE * rows.shape[1] * rows)
-            network.gating.gates.weight.copy_(heads)
-            network.gating.gates.threshold.zero_()
-            _divide_consumers(network, 1 + SPREAD * (rank + IMAGE_SHARE * offset))
+            deviation = use.rows @ groups.centers.t()
+            heads = 1 + SPREAD * (rank[:, None] + IMAGE_SHARE * (use.mean[:, None] + deviation))
+            heads = _spend_alike(network, heads).clamp(min=SMALLEST)
+            gates.weight.copy_(heads)
+            gates.threshold.zero_()
+            _divide_consumers(network, gates.by_expert(heads @ groups.shares))
     finally:
         model.train(was_training)
 
@@ -87,7 +103,7 @@ def _measure(
     images: int,
     progress: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Mean worth of each expert (|gradient of its gate|, per image) and its mean activation, both of shape (N,)."""
+    """Worth of each gate (root mean square of its gradient) and mean activation behind it, both of shape (gates,)."""
     gates: list[Tensor] = []
 
     def open_all(_module: nn.Module, _args: Any, preact: Tensor) -> Tensor:
@@ -104,7 +120,7 @@ def _measure(
                 gates.clear()
                 loss = criterion(model(inputs), target) * len(inputs)
                 (gradient,) = torch.autograd.grad(loss, gates)
-                worth = worth + gradient.abs().sum(0)
+                worth = worth + network.gating.gates.by_gate(gradient).square().sum(0)
                 activation = activation + activations.take().sum(0)
                 seen += len(inputs)
     finally:
@@ -113,26 +129,31 @@ def _measure(
         raise ValueError('loader has no batch: there is nothing to measure the experts on.')
     assert isinstance(worth, Tensor)
     assert isinstance(activation, Tensor)
-    return worth / seen, activation / seen
+    return (worth / seen).sqrt(), activation / seen
+
+
+class _Use(NamedTuple):
+    """How the logarithm of a gate's relative activation depends on the embedding's features: mean + rows (f - f mean).
+
+    Attributes:
+        rows: shape (gates, C); zero where the embedding predicts worse than the mean.
+        mean: shape (gates,).
+    """
+
+    rows: Tensor
+    mean: Tensor
 
 
 def _train_embedding(
     model: nn.Module, network: GatedNetwork, loader: Iterable[Batch], mean: Tensor, epochs: int, progress: bool
-) -> tuple[Tensor, Tensor]:
-    """Teach the embedding to predict the logarithm of each expert's relative activation.
-
-    Returns:
-        rows (N, K) and offset (N,) of the prediction `offset + rows (K e - 1)`: K times the mixture is one on average,
-        so that the rows have the scale of what they predict; zero where there is nothing to learn.
-    """
-    gating = network.gating
-    count = gating.gates.weight.shape[1]
-    rows = nn.Parameter(0.1 * torch.randn(len(mean), count, device=mean.device))
-    offset: Tensor | None = None
-    missed, varied = torch.zeros_like(mean), torch.zeros_like(mean)
-    nn.init.normal_(gating.embedding.mixture.weight, std=0.05)
-    gating.embedding.requires_grad_(True)
-    optimizer = torch.optim.Adam([*gating.embedding.parameters(), rows], lr=LEARNING_RATE)
+) -> _Use:
+    """Teach the embedding features from which the relative activation behind each gate follows."""
+    embedding = network.gating.embedding
+    rows = nn.Parameter(mean.new_zeros(len(mean), embedding.mixture.in_features))
+    offset = nn.Parameter(torch.zeros_like(mean))
+    average, missed, varied = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
+    embedding.requires_grad_(True)
+    optimizer = torch.optim.Adam([*embedding.layers.parameters(), rows, offset], lr=LEARNING_RATE)
     steps = 0
     for epoch in range(epochs):
         for inputs, _ in _batches(network, loader, f'embedding {epoch + 1}/{epochs}', progress):
@@ -140,26 +161,111 @@ def _train_embedding(
                 model(inputs)
                 relative = ((activations.take() + FLOOR * mean) / ((1 + FLOOR) * mean).clamp(min=1e-6)).clamp(0.02, 50)
             goal = relative.log()
-            if offset is None:
-                offset = goal.mean(0)
+            steps += 1
+            average.lerp_(goal.mean(0), 1 / steps)
+            if steps == 1:
+                offset.data.copy_(average)
             for group in optimizer.param_groups:
                 group['lr'] = LEARNING_RATE * (0.5 + 0.5 * math.cos(math.pi * epoch / epochs))
-            steps += 1
-            offset.lerp_(goal.mean(0), 1 / steps)
-            gating.embedding.train()
-            errors = (offset + (count * gating.embedding(inputs) - 1) @ rows.t() - goal).square()
+            embedding.train()
+            errors = (F.linear(embedding.pool(inputs).float(), rows, offset) - goal).square()
             loss = errors.mean()
-            gating.embedding.eval()
+            embedding.eval()
             if epoch == epochs - 1:
                 missed += errors.detach().sum(0)
-                varied += (goal - offset).square().sum(0)
+                varied += (goal - average).square().sum(0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    if offset is None:
-        return torch.zeros_like(rows), torch.zeros_like(mean)
-    # An expert whose use the embedding predicts worse than its mean stays the same for all images.
-    return rows.detach() * (missed < varied)[:, None], offset
+    return _Use(rows.detach() * (missed < varied)[:, None], average)
+
+
+class _Groups(NamedTuple):
+    """Groups of images, one for each latent expert.
+
+    Attributes:
+        centers: mean of the embedding's features in each group less that of all images, shape (K, C).
+        shares: fraction of the images in each group, shape (K,).
+    """
+
+    centers: Tensor
+    shares: Tensor
+
+
+@torch.no_grad()
+def _group_images(network: GatedNetwork, loader: Iterable[Batch], rows: Tensor, progress: bool) -> _Groups:
+    """Group images by what they use (k-means), and let the mixture name the group of an image.
+
+    Args:
+        rows: what the features say about each gate, times the weight of the gate, shape (gates, C).
+    """
+    embedding = network.gating.embedding
+    found = [
+        embedding.pool(inputs).float()
+        for inputs, _ in _batches(network, loader, 'groups of images', progress, GROUPED_IMAGES)
+    ]
+    features = torch.cat(found)
+    middle = features.mean(0)
+    features = features - middle
+    # Distances between predictions, rows (f - g), are distances between features in this metric.
+    metric = rows.double().t() @ rows.double()
+    values, vectors = torch.linalg.eigh(metric)
+    points = (features.double() @ (vectors * values.clamp(min=0).sqrt())).float()
+    mixture = embedding.mixture
+    nearest, distance = _nearest_means(points, mixture.out_features)
+    sizes = torch.bincount(nearest, minlength=mixture.out_features).to(features)
+    centers = (
+        torch.zeros(mixture.out_features, features.shape[1], device=features.device).index_add_(0, nearest, features)
+        / sizes.clamp(min=1)[:, None]
+    )
+    # The softmax of negative squared distances is linear in the features: the term that all groups share cancels.
+    scale = SHARPNESS / distance.clamp(min=torch.finfo(distance.dtype).tiny)
+    pull = scale * centers @ metric.float()
+    mixture.weight.copy_(2 * pull)
+    far = torch.where(sizes > 0, 0, -torch.inf).nan_to_num(neginf=-1e4)  # no image belongs to an empty group
+    mixture.bias.copy_(far - (pull * centers).sum(1) - 2 * pull @ middle)
+    return _Groups(centers, sizes / sizes.sum())
+
+
+def _nearest_means(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """K-means by Lloyd's iteration: the group of each point (n, C), and the mean squared distance to its mean."""
+    means = points[torch.randint(len(points), (count,), device=points.device)]
+    for _ in range(LLOYD_STEPS):
+        nearest = torch.cdist(points, means).argmin(1)
+        sizes = torch.bincount(nearest, minlength=count)[:, None]
+        sums = torch.zeros_like(means).index_add_(0, nearest, points)
+        means = torch.where(sizes > 0, sums / sizes.clamp(min=1), means)
+    distance, nearest = torch.cdist(points, means).min(1)
+    return nearest, distance.square().mean()
+
+
+def _spending(network: GatedNetwork) -> Callable[[Tensor], Tensor] | None:
+    """The cost that the budget counts, of kept experts (B, N); None without a budget."""
+    if network.gating.budget is None:
+        return None
+    return network.spent if network.gating.budget_on_macs else fraction_kept
+
+
+def _last_rank(network: GatedNetwork, rank: Tensor) -> Tensor | None:
+    """The rank below which experts would close if all images kept the same; None without a budget."""
+    cost, gating = _spending(network), network.gating
+    if cost is None or gating.budget is None:
+        return None
+    positive = gating.gates.by_expert(rank + 2 * LIMIT)[None]
+    return find_threshold(positive, cost, gating.budget.target) - 2 * LIMIT
+
+
+def _spend_alike(network: GatedNetwork, heads: Tensor) -> Tensor:
+    """Shift the gates of each group of images (gates, K) so that at one threshold all groups spend the budget.
+
+    Weak activations do not make an image easy, and without this a dark image would be computed with less.
+    """
+    cost, gating = _spending(network), network.gating
+    if cost is None or gating.budget is None:
+        return heads
+    target = gating.budget.target
+    each = torch.stack([find_threshold(gating.gates.by_expert(column)[None], cost, target) for column in heads.t()])
+    return heads + each.mean() - each
 
 
 @torch.no_grad()
@@ -180,6 +286,7 @@ class _Activations:
 
     def __init__(self, network: GatedNetwork) -> None:
         self._modules = [network.get_submodule(layer.act) for layer in network.expert_layers]
+        self._by_gate = network.gating.gates.by_gate
         self._found: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
 
@@ -200,8 +307,8 @@ class _Activations:
         return hook
 
     def take(self) -> Tensor:
-        """Of all layers side by side, shape (B, N)."""
-        return torch.cat([self._found[i] for i in range(len(self._modules))], dim=1)
+        """The mean over the experts of each gate, of all layers side by side, shape (B, gates)."""
+        return self._by_gate(torch.cat([self._found[i] for i in range(len(self._modules))], dim=1))
 
 
 def _batches(

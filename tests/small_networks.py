@@ -23,6 +23,8 @@ SMALL = {
     'convnext_conv': ('wide_deepmoe_convnext_tiny', dict(_CONVNEXT, widen=0.75, conv_mlp=True)),
     'convnextv2': ('wide_deepmoe_convnextv2_tiny', dict(_CONVNEXT, widen=0.75)),
     'vgg_cifar': ('wide_deepmoe_vgg16_cifar', dict(layout=(8, 'M', 12, 12, 'M'))),
+    'grouped': ('wide_deepmoe_resnet50', dict(layers=(1, 1, 1, 1), widen=0.25, experts_per_gate=8)),
+    'convnext_grouped': ('wide_deepmoe_convnextv2_tiny', dict(_CONVNEXT, widen=0.75, experts_per_gate=4)),
 }
 RESNETS = ['basic', 'bottleneck_a', 'bottleneck_b', 'cifar']
 
@@ -30,6 +32,8 @@ RESNETS = ['basic', 'bottleneck_a', 'bottleneck_b', 'cifar']
 def small(structure: str, **kwargs: Any) -> nn.Module:
     """Create a small network of the structure; `gated=False` gives its dense twin."""
     name, shrunk = SMALL[structure]
+    if not kwargs.get('gated', True):
+        shrunk = {key: value for key, value in shrunk.items() if key != 'experts_per_gate'}
     return timm.create_model(name, **{'num_classes': 10, **shrunk, **kwargs})
 
 

@@ -43,6 +43,8 @@ VGG = 'vgg_cifar'
         (CIFAR, dict(freeze_gating=True, target_kept=0.5), ('freeze_gating', 'target_kept')),
         (CIFAR, dict(freeze_gating='no'), ('freeze_gating', 'True or False', 'no')),
         (CIFAR, dict(num_latent_experts=0), ('num_latent_experts', '>= 1')),
+        (CIFAR, dict(experts_per_gate=0), ('experts_per_gate', '>= 1')),
+        (CIFAR, dict(experts_per_gate=64), ('layer1.0.conv1', '32 experts', 'experts_per_gate=64', 'widen')),
         (CIFAR, dict(num_latent_experts=6.5), ('num_latent_experts', 'whole number', '6.5')),
         (CIFAR, dict(embedding_channels=()), ('embedding_channels', '>= 1')),
         (CIFAR, dict(embedding_channels=(16, 0)), ('embedding_channels', '>= 1')),
@@ -254,9 +256,12 @@ def test_class_count_that_would_lose_the_classifier(tmp_path):
         (dict(widen=2), dict(widen=1), ('layer1.0.conv1.weight', 'widen', 'narrow_')),
         (dict(widen=1, gated=False), dict(widen=2), ('layer1.0.conv1.weight', 'widen', 'narrow_')),
         (dict(num_latent_experts=8), {}, ('gating.', 'num_latent_experts')),
+        (dict(experts_per_gate=8), {}, ('gating.gates.weight', 'experts_per_gate=8')),
+        ({}, dict(experts_per_gate=8), ('gating.gates.weight', 'experts_per_gate=1')),
+        (dict(experts_per_gate=16), dict(experts_per_gate=8), ('gating.gates.weight', 'experts_per_gate=16')),
         (dict(embedding_channels=(4, 8, 16, 32)), {}, ('gating.embedding', 'embedding_channels')),
     ],
-    ids=['wide into narrow', 'narrow into wide', 'latent experts', 'embedding'],
+    ids=['wide into narrow', 'narrow into wide', 'latents', 'groups', 'no groups', 'other groups', 'embedding'],
 )
 def test_checkpoint_of_other_widths(tmp_path, how, checkpoint, model, names):
     weights = small(CIFAR, **checkpoint).state_dict()

@@ -1,5 +1,7 @@
 """Another budget for a trained network, by its threshold alone."""
 
+import copy
+
 import pytest
 import torch
 from small_networks import images, randomise, small
@@ -77,3 +79,119 @@ def test_images_are_needed():
         set_budget(small('cifar'), [], kept=0.5)
     with pytest.raises(ValueError, match='DeepMoE network'):
         deepmoe_plugin.set_budget(torch.nn.Linear(2, 2), images(4), kept=0.5)
+
+
+@pytest.mark.parametrize('unit', ['macs', 'kept'])
+def test_the_curve_gives_budgets_without_images(unit, tmp_path):
+    model = randomise(small('cifar')).eval()
+    batch = images(32)
+    set_budget(model, batch, kept=0.3)
+    torch.save(model.state_dict(), tmp_path / 'model.pth')
+    twin = small('cifar').eval()
+    twin.load_state_dict(torch.load(tmp_path / 'model.pth', weights_only=True))
+    stats = gate_statistics(twin, batch)
+    assert stats.kept_experts == pytest.approx(0.3, abs=0.01)
+    most = twin.spent(torch.cat(model.gating(batch), 1) >= 0).mean().item()
+    for share in (0.25, 0.4):
+        goal = share * most
+        assert set_budget(twin, **{unit: goal}) == pytest.approx(goal)
+        kept = gate_statistics(twin, batch).kept
+        spent = twin.spent(kept).mean() if unit == 'macs' else kept.double().mean()
+        assert spent.item() == pytest.approx(goal, abs=0.01)
+        by_images = copy.deepcopy(twin)
+        set_budget(by_images, batch, **{unit: goal})
+        assert twin.gating.gates.threshold.item() == pytest.approx(by_images.gating.gates.threshold.item(), abs=0.05)
+
+
+def test_a_budget_above_the_curve_opens_all_gates():
+    model = randomise(small('cifar')).eval()
+    before = model(images(4))
+    everything = gate_statistics(model, images(16)).kept_experts
+    set_budget(model, images(16), kept=0.1)
+    assert set_budget(model, kept=1.0) == pytest.approx(everything, abs=1e-6)
+    torch.testing.assert_close(model(images(4)), before, rtol=0, atol=0)
+
+
+def test_sparse_networks_of_one_checkpoint():
+    model = randomise(small('cifar')).eval()
+    set_budget(model, images(16), macs=0.4)
+    for macs in (0.3, 0.25):
+        fast = sparsify(model, macs=macs)
+        kept = gate_statistics(model, images(16)).kept
+        assert model.spent(kept).mean().item() == pytest.approx(macs, abs=0.02)
+        torch.testing.assert_close(fast(images(4)), model(images(4)), rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_curve_images_are_asked_for():
+    model = randomise(small('cifar'))
+    with pytest.raises(ValueError, match=r'no budget curve: give images once.*macs=0\.4'):
+        set_budget(model, macs=0.4)
+    with pytest.raises(ValueError, match='no budget curve'):
+        sparsify(model.eval(), macs=0.4)
+
+
+def test_training_the_gates_forgets_the_curve_and_frozen_gates_keep_it():
+    model = randomise(small('cifar', target_kept=0.5)).train()
+    set_budget(model, images(16), kept=0.5)
+    deepmoe_plugin.freeze_gating(model)
+    deepmoe_plugin.gating_terms(model, loss=model(images(2)).sum())
+    assert set_budget(model, kept=0.4) == pytest.approx(0.4)
+    deepmoe_plugin.unfreeze_gating(model)
+    deepmoe_plugin.gating_terms(model, loss=model(images(2)).sum())
+    with pytest.raises(ValueError, match='no budget curve'):
+        set_budget(model, kept=0.4)
+
+
+def test_checkpoints_of_earlier_versions_have_no_curve():
+    state = randomise(small('cifar')).state_dict()
+    del state['gating.curve.points']
+    model = small('cifar')
+    model.load_state_dict(state)
+    with pytest.raises(ValueError, match='no budget curve'):
+        set_budget(model, kept=0.4)
+
+
+def steps_of(model, count, seed=0):
+    """Fraction of experts that each training step keeps."""
+    kept = []
+    for step in range(count):
+        loss = model.train()(images(8, seed=seed + step)).sum()
+        kept.append(deepmoe_plugin.gating_terms(model, loss=loss)['kept_experts'].item())
+    return kept
+
+
+def test_a_range_of_targets_draws_one_for_each_step():
+    model = randomise(small('cifar', target_kept=(0.2, 0.4), target_steps=1))
+    kept = steps_of(model, 24)[2:]
+    assert min(kept) == pytest.approx(0.2, abs=0.05)
+    assert max(kept) == pytest.approx(0.4, abs=0.05)
+    assert sum(0.25 < share < 0.35 for share in kept) > 6
+    # Evaluation spends the smallest, whatever the last step has drawn.
+    batch = torch.cat([images(8, seed=step) for step in range(8)])
+    norms = model.gating.embedding
+    by_statistics_of_batch = model.gating.gates(norms.train()(batch)) > model.gating.gates.threshold
+    assert by_statistics_of_batch.double().mean().item() == pytest.approx(0.2, abs=0.05)
+    model.eval()
+    assert torch.equal(
+        torch.cat(model.gating(batch), 1) > 0, model.gating.gates(norms.eval()(batch)) > model.gating.threshold
+    )
+    assert model.gating.threshold is model.gating.gates.threshold
+
+
+def test_a_resumed_training_draws_what_it_would_have_drawn():
+    def fresh():
+        torch.manual_seed(0)
+        return randomise(small('cifar', target_kept=(0.2, 0.4), target_steps=1))
+
+    whole = steps_of(fresh(), 6)
+    first = fresh()
+    steps_of(first, 3)
+    second = fresh()
+    second.load_state_dict(first.state_dict())
+    assert steps_of(second, 3, seed=3) == whole[3:]
+
+
+@pytest.mark.parametrize('target', [(0.5, 0.4), (0.2, 0.3, 0.4), (0.4,), [0.5, 1.5]])
+def test_refused_ranges(target):
+    with pytest.raises(ValueError, match='target_macs must'):
+        small('cifar', target_macs=target)

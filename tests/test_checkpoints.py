@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from small_networks import images, randomise, small
 from timm.models import load_checkpoint, save_for_hf
 
-STRUCTURES = ['basic', 'bottleneck_a', 'cifar', 'vgg', 'vgg_cifar', 'convnext', 'convnextv2']
+STRUCTURES = ['basic', 'bottleneck_a', 'cifar', 'vgg', 'vgg_cifar', 'convnext', 'convnextv2', 'grouped']
 structures = pytest.mark.parametrize('structure', STRUCTURES)
 formats = pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 

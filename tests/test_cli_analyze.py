@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -185,6 +186,19 @@ def test_dead(figure, truth):
     assert sum(int(row['dead']) for row in rows) > 0
     always = [int(part.all(0).sum()) for part in stats.kept.split(stats.widths, 1)]
     assert [int(row['always_kept']) for row in rows] == always
+
+
+def test_beyond_the_embedding(figure, truth, folder):
+    """By the embedding's read-out, as in `evaluate`; the network's numbers by class are those of `evaluate`, too."""
+    rows = figure('beyond')
+    assert [row['class'] for row in rows] == CLASSES
+    arguments = ['--checkpoint', str(folder / 'model.pth'), '--workers', '0', '--data-dir', str(folder / 'images')]
+    summary = evaluate.main([str(folder / 'args.yaml'), *arguments])
+    assert [float(row['network']) for row in rows] == pytest.approx([c['top1'] for c in summary['by_class'].values()])
+    right = sum(float(row['embedding alone']) * int(row['images']) for row in rows) / summary['images']
+    assert right == pytest.approx(100 * summary['handover']['embedding_right'])
+    named = 'network, where the embedding is wrong'
+    assert all(math.isnan(float(row[named])) == (float(row['embedding alone']) == 100) for row in rows)
 
 
 @pytest.mark.parametrize('grouped', [True, False])

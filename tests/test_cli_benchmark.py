@@ -22,8 +22,10 @@ def benchmark(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def test_random_gates(tmp_path):
-    done = benchmark(*MODEL, '--kept', '0.25', '0.75', '--batch', '2', '--out', str(tmp_path / 'result'))
+@pytest.mark.parametrize('experts_per_gate', [1, 8])
+def test_random_gates(tmp_path, experts_per_gate):
+    groups = ('--model-kwargs', f'experts_per_gate={experts_per_gate}')
+    done = benchmark(*MODEL, *groups, '--kept', '0.25', '0.75', '--batch', '2', '--out', str(tmp_path / 'result'))
     assert done.returncode == 0, done.stderr
     with (tmp_path / 'result.csv').open() as file:
         rows = list(csv.DictReader(file))

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from deepmoe_plugin.cli import compress
+from deepmoe_plugin import set_budget
+from deepmoe_plugin.cli import compress, timing
 
 ARGS = ['--model-kwargs', 'layers=(1,1,1)', '--epochs', '2', '--batch-size', '16', '--workers', '0']
 
@@ -36,11 +37,14 @@ def run(folder, output, *more):
     return compress.main(['resnet20_cifar', *checkpoint, '--output', str(output), *ARGS, *more])
 
 
-def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path):
-    summary = run(folder, tmp_path, '--macs', '0.6')
+@pytest.mark.parametrize('arguments', [(), ('experts_per_gate=8',)], ids=str)
+def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path, arguments):
+    summary = run(folder, tmp_path, '--macs', '0.6', '--model-kwargs', 'layers=(1,1,1)', *arguments)
     dense, gated = summary['results']
     assert gated['gmacs'] / dense['gmacs'] == pytest.approx(0.6, abs=0.06)
     assert gated['kept_experts'] < 1
+    assert 0 <= gated['embedding_right'] <= 1
+    assert gated['gate_entropy'] <= gated['use_entropy']
     assert (tmp_path / 'experts.png').stat().st_size > 1000
     assert json.loads((tmp_path / 'results.json').read_text())['results'] == summary['results']
     assert (tmp_path / 'results.md').read_text().count('\n') == 4
@@ -67,22 +71,98 @@ def test_resumed_run_ends_as_one_that_was_not_interrupted(folder, tmp_path, monk
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+def test_range_of_budgets_makes_one_network_of_all_of_them(folder, tmp_path):
+    summary = run(folder, tmp_path, '--macs', '0.55', '0.75', '--stage2', '0.5')
+    dense, *rows = summary['results']
+    assert [row['name'] for row in rows] == [f'gated, 2 epochs, at {macs}' for macs in (0.75, 0.65, 0.55)]
+    spent = [row['gmacs'] / dense['gmacs'] for row in rows]
+    assert spent == pytest.approx([0.75, 0.65, 0.55], abs=0.06)
+    model = timm.create_model(summary['network'], **summary['model_kwargs'])
+    model.load_state_dict(load_file(tmp_path / 'compressed.safetensors'), strict=False)
+    smallest = model.gating.gates.threshold.item()
+    set_budget(model, macs=0.7)
+    assert 0 < model.gating.gates.threshold < smallest
+
+
+def test_without_stage_2_the_budget_is_known_at_the_end(folder, tmp_path):
+    summary = run(folder, tmp_path, '--macs', '0.6', '--stage2', '0')
+    dense, gated = summary['results']
+    assert gated['gmacs'] / dense['gmacs'] == pytest.approx(0.6, abs=0.06)
+    assert load_file(tmp_path / 'compressed.safetensors')['gating.curve.points'].any()
+    assert run(folder, tmp_path, '--macs', '0.6', '--stage2', '0', '--resume')['results'] == summary['results']
+
+
+def test_times_of_one_image(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, 'REPEATS', 3)
+    monkeypatch.setattr(compress, 'train', lambda _name, model, *_: model.eval())
+    summary = run(folder, tmp_path, '--baselines', 'dense', '--time', 'torch')
+    assert [row['engine'] for row in summary['results']] == ['torch', 'torch', 'sparse']
+    assert all(row['ms'] > 0 for row in summary['results'])
+    assert summary['time']['threads'] >= 1
+    assert '(sparse) |' in (tmp_path / 'results.md').read_text()
+    assert (tmp_path / 'time.png').stat().st_size > 1000
+
+
+def test_the_fastest_way_counts(monkeypatch):
+    seconds = {}
+
+    def engine(takes):
+        def build(model, x):
+            seconds[model] = takes
+            return model
+
+        return build
+
+    monkeypatch.setattr(timing, 'measure', lambda call, clock: seconds[call.func])
+    monkeypatch.setattr(timing, 'ENGINES', {'slow': engine(0.003), 'quick': engine(0.001), 'wrong': _wrong_engine})
+    networks = {'dense': torch.nn.Conv2d(3, 4, 3)}
+    found = timing.time_of_an_image(networks, [torch.zeros(1, 3, 8, 8)], ['slow', 'quick', 'wrong'])
+    assert found == {'dense': (pytest.approx(1.0), 'quick')}
+    with pytest.raises(ValueError, match='none of wrong runs dense here'):
+        timing.time_of_an_image(networks, [torch.zeros(1, 3, 8, 8)], ['wrong'])
+
+
+def _wrong_engine(model, x):
+    return lambda image: model(image) + 1  # computes something else, in no time
+
+
 def test_baseline_trains_as_long(folder, tmp_path):
     rows = run(folder, tmp_path, '--baselines', 'dense', '--channels-last', '--amp')['results']
     assert [row['name'] for row in rows] == ['dense', 'dense, 2 epochs', 'gated, 2 epochs']
     assert rows[0]['gmacs'] == rows[1]['gmacs']
 
 
-def test_the_last_threshold_is_set_on_images_as_they_are_tested(folder):
+def test_small_images_are_shifted_and_the_last_threshold_is_set_on_images_as_they_are_tested(folder):
     """Crops that are scaled up are blurred, and gates see that."""
     _, args = compress.parse_args(['resnet20_cifar', '--data-dir', str(folder / 'data'), *ARGS])
     settings = compress.read_settings('resnet20_cifar', args)
-    kinds = [
-        {type(step).__name__ for step in compress.training_loader(args, settings, augment).dataset.transform.transforms}
-        for augment in (True, False)
-    ]
-    assert 'RandomResizedCropAndInterpolation' in kinds[0]
-    assert not any('Random' in kind for kind in kinds[1])
+    shifted, tested = (compress.training_loader(args, settings, augment).dataset for augment in (True, False))
+    assert not any('Random' in type(step).__name__ for step in tested.transform.transforms)
+    original = tested[0][0]
+    normalise = tested.transform.transforms[-1]
+    black = (-normalise.mean / normalise.std)[:, None, None]
+    seen = set()
+    torch.manual_seed(0)
+    for _ in range(20):
+        image = shifted[0][0]
+        padded = torch.nn.functional.pad(original - black, (4, 4, 4, 4)) + black
+        places = [
+            (y, x, flip)
+            for y in range(9)
+            for x in range(9)
+            for flip in (False, True)
+            if torch.allclose(image, (padded.flip(2) if flip else padded)[:, y : y + 32, x : x + 32], atol=1e-6)
+        ]
+        assert len(places) == 1
+        seen.update(places)
+    assert len(seen) > 10
+    assert len({flip for _, _, flip in seen}) == 2
+
+
+def test_larger_images_are_cut_as_timm_does_it(folder):
+    _, args = compress.parse_args(['resnet18', '--data-dir', str(folder / 'data')])
+    dataset = compress.training_loader(args, compress.read_settings('resnet18', args)).dataset
+    assert type(dataset.transform.transforms[0]).__name__ == 'RandomResizedCropAndInterpolation'
 
 
 @pytest.mark.parametrize(
@@ -102,7 +182,8 @@ def test_gated_twin(name, gated):
     ('more', 'words'),
     [
         (['--macs', '1.5'], '--macs must be a fraction'),
-        (['--macs', '0.05'], '--macs 0.05 cannot be reached'),
+        (['--macs', '0.05'], 'A budget of 0.05 cannot be reached'),
+        (['--macs', '0.7', '0.6'], '--macs takes one fraction, or a smaller and a larger one'),
         (['--epochs', '0'], '--epochs must be at least 1'),
         (['--distill', '2'], '--distill must be a fraction'),
     ],

@@ -14,8 +14,9 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy
 from torch import nn
 
-from deepmoe_plugin import count_macs, gate_statistics
+from deepmoe_plugin import count_macs, gate_statistics, set_budget
 from deepmoe_plugin.cli import evaluate
+from deepmoe_plugin.handover import measure_handover
 
 CLASSES = ['apple', 'bear', 'crab', 'dolphin', 'elephant', 'fox']
 NAME = 'wide_deepmoe_resnet20_cifar'
@@ -111,6 +112,19 @@ def test_numbers_of_all_images(summary, folder):
     assert result['width'] == 2
 
 
+def test_what_the_network_knows_beyond_its_embedding(summary, folder):
+    result, _ = summary
+    model = trained()
+    x, labels, _, _ = reference(model, folder)
+    with torch.no_grad():
+        expected = measure_handover(model.gating, model.gating.embedding(x), model(x).argmax(1), labels)
+    assert result['handover'] == pytest.approx(expected.numbers(), rel=1e-6)
+    assert result['handover']['is_fitted']
+    text = evaluate.format_summary(result)
+    assert 'embedding alone (a linear read-out of its mixture): top-1' in text
+    assert f'where it is wrong, the network is right on {100 * expected.right_where_wrong:.2f} %' in text
+
+
 def test_numbers_of_each_class_and_layer(summary, folder):
     result, _ = summary
     model = trained()
@@ -171,6 +185,20 @@ def test_sparse_execution_gives_the_same_numbers(summary, folder, checkpoint, mo
     assert batches == [7, 7, 7]
     for key in ('top1', 'top5', 'gmacs', 'kept_experts', 'by_class', 'by_layer'):
         assert sparse[key] == masked[key]
+
+
+def test_budgets_of_one_checkpoint(folder, checkpoint, tmp_path, capsys):
+    model = trained()
+    set_budget(model, reference(model, folder)[0], macs=0.5)
+    torch.save(model.state_dict(), tmp_path / 'curve.pth')
+    arguments = [*ARGUMENTS, '--data-dir', str(folder), '--macs', '0.35', '--checkpoint']
+    result = evaluate.main([*arguments, str(tmp_path / 'curve.pth')])
+    groups = result['gmacs']['by_group']
+    gating = groups['embedding'] + groups['gate_heads']
+    assert (result['gmacs']['mean'] - gating) / (result['gmacs']['dense'] - gating) == pytest.approx(0.35, abs=0.02)
+    with pytest.raises(SystemExit):
+        evaluate.main([*arguments, str(checkpoint)])
+    assert 'no budget curve' in capsys.readouterr().err
 
 
 def test_settings_of_a_training_run(summary, folder, checkpoint, tmp_path):

@@ -165,7 +165,7 @@ def test_command(words: list[str], read: Any, capsys: pytest.CaptureFixture[str]
         program = 'deepmoe'
     if program == 'deepmoe':
         command, *arguments = arguments
-        if command in ('train', 'test'):
+        if command in ('train', 'test') or (command == 'compress' and find_config(arguments[0], 'mmseg')):
             pytest.importorskip('mmseg')
         args = read(command, arguments)
         if command == 'run':

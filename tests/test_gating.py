@@ -66,6 +66,22 @@ def test_heads_start_spread_around_one(num_latent_experts, dtype):
         assert len(weight.unique(dim=0)) > 100
 
 
+def test_neighbouring_experts_share_a_gate():
+    network = gating((8, 12), experts_per_gate=4).eval()
+    nn.init.normal_(network.gates.weight)
+    nn.init.normal_(network.embedding.mixture.weight)
+    x = images(3)
+    first, second = network(x)
+    assert (first.shape, second.shape) == ((3, 8), (3, 12))
+    assert network.gates.weight.shape == (5, 8)
+    expected = (network.embedding(x) @ network.gates.weight.T).relu()
+    torch.testing.assert_close(torch.cat([first, second], 1), expected.repeat_interleave(4, dim=1))
+    values = torch.randn(3, 5)
+    torch.testing.assert_close(network.gates.by_gate(network.gates.by_expert(values)), values)
+    network.keep_first(1)
+    assert torch.equal(network(x)[0], first)
+
+
 def test_gates_stay_float32_in_a_half_precision_network():
     network = gating().half().eval()
     assert {gate.dtype for gate in network(images().half())} == {torch.float32}
@@ -150,7 +166,7 @@ def test_unfrozen_gating_moves_again_statistics_included():
     before = state(model.gating)
     train_once(model, images(4))
     moved = {name for name, value in state(model.gating).items() if not torch.equal(value, before[name])}
-    assert moved == before.keys() - {'gates.threshold'}
+    assert moved == before.keys() - {'gates.threshold', 'curve.points'}
 
 
 def test_freezing_on_creation_equals_freezing_later():

@@ -1,6 +1,7 @@
 """MACs of every image, against sums done by hand."""
 
 import copy
+import math
 import time
 
 import pytest
@@ -34,13 +35,14 @@ def seed():
 
 
 def close(model, counts):
-    """Make the network keep the first `counts[l]` experts of layer l, whatever the image."""
+    """Make the network keep the first `counts[l]` experts of layer l, whatever the image; whole groups of them."""
+    gates = model.gating.gates
     with torch.no_grad():
-        model.gating.gates.weight.fill_(-1)
+        gates.weight.fill_(-1)
         start = 0
-        for width, count in zip(model.gating.gates.widths, counts, strict=True):
-            model.gating.gates.weight[start : start + count] = 1
-            start += width
+        for width, count in zip(gates.widths, counts, strict=True):
+            gates.weight[start : start + math.ceil(count / gates.experts_per_gate)] = 1
+            start += width // gates.experts_per_gate
 
 
 def test_dense_vgg_by_hand():

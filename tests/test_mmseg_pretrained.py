@@ -15,7 +15,7 @@ pytest.importorskip('mmseg')
 from mmengine.logging import HistoryBuffer
 from mmengine.model import PretrainedInit
 from mmseg.registry import MODELS
-from small_segmentors import backbone_config, build, make_runner, segmentor, segmentor_config
+from small_segmentors import CLASSES, backbone_config, build, make_runner, segmentor, segmentor_config
 
 
 def checkpoint(kind, file):
@@ -238,3 +238,14 @@ def test_torchvision_addresses(tmp_path, monkeypatch):
     assert asked[0].startswith('https://')
     assert 'resnet18' in asked[0]
     torch.testing.assert_close(backbone.bn1.bias, weights['bn1.bias'], rtol=0, atol=0)
+
+
+def test_weights_of_the_backbone_are_those_of_the_timm_model(tmp_path):
+    """A segmentor's backbone and a timm classifier exchange weights, gates included."""
+    model = segmentor(dict(type='DeepMoEResNet', depth=18))
+    classifier = timm.create_model('narrow_deepmoe_resnet18', num_classes=CLASSES)
+    missing = classifier.load_state_dict(model.backbone.state_dict(), strict=False)
+    assert missing.missing_keys == ['fc.weight', 'fc.bias']
+    assert not missing.unexpected_keys
+    features = classifier.eval().forward_features(images(2, 64))
+    torch.testing.assert_close(model.backbone.eval()(images(2, 64))[3], features, rtol=1e-5, atol=1e-5)

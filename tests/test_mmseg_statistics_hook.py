@@ -12,10 +12,11 @@ import torch
 
 pytest.importorskip('mmseg')
 
-from runs_of_hooks import LOSS, STATISTICS, Watch, cost, dense, normalised
-from small_segmentors import SIZE, backbone_config, loader, make_runner, segmentor
+from runs_of_hooks import LOSS, MU, STATISTICS, Watch, cost, dense, normalised
+from small_segmentors import CLASSES, SIZE, backbone_config, loader, make_runner, segmentor
 
 from deepmoe_plugin import count_macs, gate_statistics
+from deepmoe_plugin.information import gate_entropy, use_entropy
 
 SIZES = ((64, 64), (65, 97), (64, 64), (33, 64))
 
@@ -30,11 +31,35 @@ def test_statistics_of_images_of_different_sizes(tmp_path: Path) -> None:
     assert len(set(gmacs.tolist())) == 4
     stats = gate_statistics(model.backbone, [normalised(model, val['dataset'][i]) for i in range(4)])
     assert 0 < stats.dynamic_experts < 1
+    with torch.no_grad():
+        mixtures = torch.cat([model.backbone.gating.embedding(normalised(model, val['dataset'][i])) for i in range(4)])
     for mode, own in metrics.items():
         assert own['dynamic_experts'] == pytest.approx(stats.dynamic_experts, rel=1e-5)
+        assert own['gate_entropy'] == pytest.approx(gate_entropy(mixtures).item(), rel=1e-5)
+        assert own['use_entropy'] == pytest.approx(use_entropy(mixtures).item(), rel=1e-5)
+        assert own['gate_entropy'] < own['use_entropy']
+        assert 'right_where_embedding_wrong' not in own  # without a classifier on the embedding
         assert own['gmacs'] == pytest.approx(gmacs.mean().item(), rel=1e-9)
         assert own['kept_experts'] == pytest.approx(kept.mean().item(), rel=1e-6)
         assert runner.message_hub.get_scalar(f'{mode}/gmacs').current() == own['gmacs']
+
+
+def test_pixels_that_the_embedding_gets_wrong(tmp_path: Path) -> None:
+    model = segmentor(backbone_config(embed_loss_weight=MU, num_classes=CLASSES))
+    val = loader(4, 2)
+    metrics = make_runner(model, tmp_path, STATISTICS, val=val).val()
+    right = total = 0
+    for item in (val['dataset'][i] for i in range(4)):
+        x = normalised(model, item)
+        with torch.no_grad():
+            found = model.predict(x, [item['data_samples']])[0].pred_sem_seg.data[0]
+            seen = model.backbone.gating.class_logits(model.backbone.gating.embedding(x))[0] > 0
+        truth = item['data_samples'].gt_sem_seg.data[0]
+        for label in (~seen).nonzero().flatten().tolist():
+            total += int((truth == label).sum())
+            right += int(((truth == label) & (found == label)).sum())
+    assert 0 < right < total
+    assert metrics['right_where_embedding_wrong'] == pytest.approx(right / total)
 
 
 def test_statistics_of_windows_add_up(tmp_path: Path) -> None:

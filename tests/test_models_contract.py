@@ -120,15 +120,16 @@ def test_intermediates_agree_with_features(structure):
 @pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2), (2,), (-1,)])
 @pytest.mark.parametrize('embed_loss_weight', [0, 1])
 def test_pruned_features(structure, out_indices, embed_loss_weight):
-    whole = randomise(small(structure)).eval()
-    taps = whole.forward_intermediates(images(), intermediates_only=True)
-    pruned = small(structure, features_only=True, out_indices=out_indices, embed_loss_weight=embed_loss_weight)
+    x = images(dtype=torch.float64)
+    whole = randomise(small(structure)).double().eval()
+    taps = whole.forward_intermediates(x, intermediates_only=True)
+    pruned = small(structure, features_only=True, out_indices=out_indices, embed_loss_weight=embed_loss_weight).double()
     weights = whole.state_dict()
-    weights['gating.gates.weight'] = weights['gating.gates.weight'][: sum(pruned.model.gating.gates.widths)]
+    weights['gating.gates.weight'] = weights['gating.gates.weight'][: len(pruned.model.gating.gates.weight)]
     own = pruned.model.state_dict()
     pruned.model.load_state_dict({key: weights.get(key, own[key]) for key in own})
-    torch.testing.assert_close(pruned.eval()(images()), [taps[i] for i in out_indices], rtol=0, atol=0)
-    outputs = pruned.train()(images())
+    torch.testing.assert_close(pruned.eval()(x), [taps[i] for i in out_indices])
+    outputs = pruned.train()(x)
     terms = gating_terms(pruned, torch.tensor([1, 2]), nn.CrossEntropyLoss())
     assert ('loss_embed' in terms) == bool(embed_loss_weight and pruned.model.expert_layers)
     sum([*(out.sum() for out in outputs), *terms.values()]).backward()

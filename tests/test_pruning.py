@@ -27,7 +27,8 @@ def test_pruned_network_is_smaller_and_exact(structure):
     x = images(6)
     smaller = deepmoe_plugin.prune(model, [x[:4], x[4:]])
     stats = deepmoe_plugin.gate_statistics(model, x)
-    used = [int(part.any(0).sum()) for part in stats.kept.split(stats.widths, dim=1)]
+    least = model.gating.gates.experts_per_gate
+    used = [max(least, int(part.any(0).sum())) for part in stats.kept.split(stats.widths, dim=1)]
     if not model.expert_layers[-1].consumer:
         used[-1] = stats.widths[-1]
     assert widths(smaller) == used == list(smaller.pruning.widths)
@@ -39,8 +40,9 @@ def test_pruned_network_is_smaller_and_exact(structure):
     assert channels == [feature.shape[1] for feature in smaller.forward_intermediates(x, intermediates_only=True)]
 
 
-def test_saved_and_loaded_by_name(tmp_path):
-    model = gated('bottleneck_a', embed_loss_weight=1.0, in_chans=1)
+@pytest.mark.parametrize('structure', ['bottleneck_a', 'grouped'])
+def test_saved_and_loaded_by_name(structure, tmp_path):
+    model = gated(structure, embed_loss_weight=1.0, in_chans=1)
     model.reset_classifier(7)
     x = images(4, channels=1)
     smaller = deepmoe_plugin.prune(model, [(x, torch.zeros(4))])
@@ -50,13 +52,14 @@ def test_saved_and_loaded_by_name(tmp_path):
     assert loaded(x).shape == (4, 7)
 
 
-def test_layer_that_nobody_keeps_holds_one_expert():
-    model = gated('basic')
+@pytest.mark.parametrize(('structure', 'left'), [('basic', 1), ('grouped', 8)])
+def test_layer_that_nobody_keeps_holds_the_experts_of_one_gate(structure, left):
+    model = gated(structure)
     with torch.no_grad():
-        model.gating.gates.weight[: widths(model)[0]] = -1
+        model.gating.gates.weight[: widths(model)[0] // left] = -1
     x = images(3)
     smaller = deepmoe_plugin.prune(model, x)
-    assert widths(smaller)[0] == 1
+    assert widths(smaller)[0] == left
     torch.testing.assert_close(smaller(x), model(x), rtol=1e-4, atol=1e-4)
 
 

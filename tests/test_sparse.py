@@ -25,6 +25,7 @@ STRUCTURES = {
     'basic': ('wide_deepmoe_resnet18', dict(layers=(1, 2, 1, 1), widen=(1, 1.3, 1, 0.5, 0.3))),
     'bottleneck_a': ('wide_deepmoe_resnet50', dict(layers=(2, 1, 1, 1), widen=0.5)),
     'bottleneck_b': ('wide_deepmoe_resnet50b', dict(layers=(1, 1, 1, 1), widen=1)),
+    'grouped': ('wide_deepmoe_resnet50', dict(layers=(1, 1, 1, 1), widen=0.5, experts_per_gate=16)),
     'dilated': ('wide_deepmoe_drn_a_50', dict(layers=(1, 1, 1, 2), widen=0.5)),
     'cifar': ('wide_deepmoe_resnet20_cifar', dict(layers=(1, 1, 2), widen=3)),
     'convnext': ('wide_deepmoe_convnext_tiny', dict(_CONVNEXT, widen=(2, 1, 0.5, 1.3))),

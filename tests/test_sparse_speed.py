@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import deepmoe_plugin
-from deepmoe_plugin.cli.benchmark import SyntheticGates, measure
+from deepmoe_plugin.cli.benchmark import measure
+from deepmoe_plugin.cli.peers import SyntheticGates
 from deepmoe_plugin.experts import expert_widths
 from deepmoe_plugin.sparse import build
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from deepmoe_plugin import gate_statistics, set_budget, warm_start
 
-STRUCTURES = ['cifar', 'bottleneck_a', 'vgg_cifar', 'convnext']
+STRUCTURES = ['cifar', 'bottleneck_a', 'vgg_cifar', 'convnext', 'grouped']
 
 
 @pytest.fixture(autouse=True)
@@ -72,22 +72,24 @@ def test_gates_differ_between_images_without_labels():
     assert (kinds[0] - kinds[1]).abs().max() > 0.8  # some experts are those of bright images, some of dark ones
 
 
-def test_worth_is_the_gradient_of_the_gates():
-    """Against the definition: |loss change to first order| of each gate, image by image."""
+@pytest.mark.parametrize('experts_per_gate', [1, 16])
+def test_worth_is_the_gradient_of_the_gates(experts_per_gate):
+    """Against the definition: the root mean square over images of the loss change to first order."""
     from deepmoe_plugin.warm_start import _measure
 
-    model = trained('cifar').eval()
+    model = trained('cifar', experts_per_gate=experts_per_gate).eval()
     data = loader(2, 4)
     worth, activation = _measure(model, model, data, nn.CrossEntropyLoss(), 8, progress=False)
     expected = torch.zeros_like(worth)
     for x, labels in data:
         for image, label in zip(x, labels, strict=True):
             gates = torch.ones(1, len(worth), requires_grad=True)
-            model.gating.packed_gates = lambda _, gates=gates: gates
+            of_experts = gates.repeat_interleave(experts_per_gate, dim=1)
+            model.gating.packed_gates = lambda _, gates=of_experts: gates
             F.cross_entropy(model(image[None]), label[None]).backward()
             del model.gating.packed_gates
-            expected += gates.grad[0].abs()
-    torch.testing.assert_close(worth, expected / 8, rtol=1e-3, atol=1e-6)
+            expected += gates.grad[0].square()
+    torch.testing.assert_close(worth * experts_per_gate, (expected / 8).sqrt(), rtol=1e-3, atol=1e-6)
     assert (activation >= 0).all()
 
 

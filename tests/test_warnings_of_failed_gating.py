@@ -62,6 +62,7 @@ def test_static_at_the_end_of_training(caplog):
     train(small('cifar', gate_loss_weight=0.0), 4, 'timm')  # all gates still are about one
     (warning,) = warnings(caplog)
     assert 'All images keep the same 100% of the experts' in warning
+    assert 'warm_start' in warning
     assert 'target_kept' in warning
     caplog.clear()
     logging.getLogger('train').info(LAST_LINE)
@@ -85,6 +86,20 @@ def test_gating_that_becomes_static_in_any_loop(caplog, monkeypatch):
     train(model, 9, 'a loop')
     (warning,) = warnings(caplog)
     assert 'All images keep the same 50%' in warning
+
+
+def test_experts_that_hardly_any_image_keeps_otherwise_are_static(caplog):
+    model = small('cifar')
+    kept = torch.ones(16, 400, dtype=torch.bool)
+    kept[:8, :2] = False  # 2 of 400 are dynamic
+    model.watch.see(kept, '', recovers=True)
+    model.finish_training()
+    assert 'All images keep the same 100% of the experts (but for 0.5%)' in warnings(caplog)[0]
+    model = small('cifar')
+    kept[:8, :6] = False
+    model.watch.see(kept, '', recovers=True)
+    model.finish_training()
+    assert len(warnings(caplog)) == 1
 
 
 def test_copies_warn_for_themselves():

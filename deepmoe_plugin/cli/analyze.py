@@ -23,6 +23,7 @@ from sklearn.manifold import TSNE
 from torch import nn
 
 from . import figures
+from .beyond import beyond
 from .choices import choice, pairs, where_what
 from .images import add_image_arguments, class_indices, read_groups
 from .networks import NETWORK_HELP, add_network_arguments
@@ -221,7 +222,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Result]] = {
     command.__name__.replace('_', '-'): command
     for command in (
         *(pareto, width, shuffle, experts, histogram, extremes, embedding, dead, similarity),
-        *(where_what, pairs, choice),
+        *(where_what, pairs, choice, beyond),
     )
 }
 

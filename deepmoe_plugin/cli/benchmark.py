@@ -3,8 +3,10 @@
 All variants run in one process, one after the other in every repetition, on the same images and gates. Each
 repetition draws new gates, so that no gathered weight is used twice. Norms are folded in every variant, and each plain
 network runs in the memory format that suits it best. With --engines, the thin network and the wide one without gates
-also run on what users deploy with instead of PyTorch. Gates are random ones at an exact fraction, without the time of
-the gating network, or those that a trained checkpoint gives to real images, with it.
+also run on what users deploy with instead of PyTorch. Before anything is timed, each of them must compute what the
+masked network computes with the same experts, the thin ones with those that they have. Gates are random ones at an
+exact fraction, without the time of the gating network, or those that a trained checkpoint gives to real images, with
+it.
 
     deepmoe benchmark wide_deepmoe_resnet50 --kept 0.5 --out results/resnet50
     deepmoe benchmark wide_deepmoe_resnet50 --checkpoint model_best.pth.tar --images imagenet/val
@@ -14,7 +16,6 @@ import argparse
 import copy
 import csv
 import functools
-import itertools
 import json
 import platform
 import statistics
@@ -33,11 +34,21 @@ import deepmoe_plugin
 
 from ..experts import expert_widths
 from ..macs import MacsTable
-from ..sparse.fold import fold_norm
 from .engines import ENGINES, Missing
 from .images import data_config
 from .networks import NETWORK_HELP, add_network_arguments, create_network, read_settings
 from .parsing import create_parser
+from .peers import (
+    GivenGates,
+    RealGates,
+    SyntheticGates,
+    check_same,
+    folded,
+    random_experts,
+    thinned,
+    wake,
+    with_gates,
+)
 from .timm_options import model_arguments
 
 DTYPES = {name: getattr(torch, name) for name in ('float32', 'bfloat16', 'float16', 'float64')}
@@ -55,49 +66,6 @@ BY_ENGINE = {
 }
 
 
-class SyntheticGates(nn.Module):
-    """Stands in for a gating network: random experts, an exact fraction of every layer, different for each image.
-
-    Attributes:
-        images: the batch (B, in_chans, H, W) that all variants run on until the next `draw`.
-        counts: experts that a thin network of the same cost has in each layer.
-    """
-
-    def __init__(self, widths: list[int], images: Tensor, kept: float) -> None:
-        super().__init__()
-        self.widths, self.images = widths, images
-        self.batch, self.device = len(images), images.device
-        self.counts = [min(width, round(width * kept)) for width in widths]
-        self.current: list[Tensor] = []
-        self.draw()
-
-    def draw(self) -> None:
-        """Choose the experts of the next repetition."""
-        gates = []
-        for width, count in zip(self.widths, self.counts, strict=True):
-            chosen = torch.rand(self.batch, width).argsort(1).argsort(1) < count
-            gates.append((chosen * torch.empty(self.batch, width).uniform_(0.5, 1.5)).to(self.device))
-        self.current[:] = gates
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return list(self.current)
-
-
-class RealGates:
-    """Batches of images whose gates the model itself computes; attributes as those of `SyntheticGates`."""
-
-    def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
-        self.batches = itertools.cycle(batches)
-        self.stats = deepmoe_plugin.gate_statistics(model, batches)
-        by_layer = zip(self.stats.widths, self.stats.by_layer().values(), strict=True)
-        self.counts = [round(width * kept) for width, kept in by_layer]
-        self.draw()
-
-    def draw(self) -> None:
-        """Go on to the next batch."""
-        self.images = next(self.batches)
-
-
 def load_images(in_chans: int, args: argparse.Namespace, settings: dict[str, Any]) -> list[Tensor]:
     """As many batches of real images as there are repetitions, prepared as timm does with these settings."""
     config = data_config({**settings, 'input_size': (in_chans, *args.size)})
@@ -109,21 +77,6 @@ def load_images(in_chans: int, args: argparse.Namespace, settings: dict[str, Any
     chosen = torch.randperm(len(dataset))[:wanted].tolist()
     images = torch.stack([dataset[i][0] for i in tqdm(chosen, desc='images')])
     return list(images.to(args.device, DTYPES[args.dtype]).split(args.batch))
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A copy for inference whose norms are folded into the convolutions before them."""
-    model = copy.deepcopy(model).eval()
-    previous = ('', None)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d) and isinstance(previous[1], nn.Conv2d):
-            conv = previous[1]
-            weight, bias = fold_norm(conv, module)
-            conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-            model.set_submodule(name, nn.Identity())
-        if not list(module.children()):
-            previous = (name, module)
-    return model
 
 
 FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
@@ -144,15 +97,6 @@ def best_format(model: nn.Module, x: Tensor) -> tuple[nn.Module, str]:
             times[name].append(measure(functools.partial(candidate, images), 'wall'))
     best = min(times, key=lambda name: min(times[name]))
     return candidates[best][0], best
-
-
-def on_engine(engine: str, model: nn.Module, x: Tensor, label: str) -> Any:
-    """What runs the model on an engine; None, with a word, where that is not possible."""
-    try:
-        return ENGINES[engine](copy.deepcopy(model), x)
-    except Missing as error:
-        print(f'Without {label}: {error}.')
-        return None
 
 
 REST = 0.02
@@ -189,21 +133,34 @@ def build(
     structure = dict(model_arguments(settings), device=device)
     deepmoe_plugin.GatingConfig.pop_from(structure)
     model: Any = network
+    if kept is not None:
+        wake(model)
     widths = expert_widths(model, model.expert_layers)
+    size = model.gating.gates.experts_per_gate
     gates: SyntheticGates | RealGates
     if kept is None:
         gates = RealGates(model, load_images(model.in_chans, args, settings))
     else:
         x = torch.randn(args.batch, model.in_chans, height, width, device=device, dtype=dtype)
-        gates = model.gating = SyntheticGates(widths, x, kept)
-    plain: Any = timm.create_model(name, gated=False, **dict(structure, widen=1)).to(dtype).eval()
-    base_widths = expert_widths(plain, plain.expert_layers)
-    factors = [max(1, n) / base for n, base in zip(gates.counts, base_widths, strict=True)]
-    table = MacsTable(plain, (height, width))
-    facts: dict[str, Any] = {'model': name, 'base_gmacs': table.dense() / 1e9}
+        gates = model.gating = SyntheticGates(widths, x, kept, size)
+    wide: Any = timm.create_model(name, gated=False, **structure).to(dtype).eval()
+    wide.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith('gating.')})
+    base: Any = timm.create_model(name, gated=False, **dict(structure, widen=1)).to(dtype).eval()
+    everything = [torch.arange(width) for width in widths]
+    chosen = random_experts(widths, gates.counts, size)
+    thin = thinned(wide, chosen)
+    facts: dict[str, Any] = {
+        'model': name,
+        'base_gmacs': MacsTable(base, (height, width)).dense() / 1e9,
+        'thin_gmacs': MacsTable(thin, (height, width)).dense() / 1e9,
+    }
+    masked = {
+        'thin': with_gates(model, GivenGates(chosen, widths)),
+        'wide': with_gates(model, GivenGates(everything, widths)),
+    }
     functions: dict[str, Callable[[], Callable[[], Any]]] = {}
 
-    def add(variant: str, network: Any, tune: bool = True) -> None:
+    def add(variant: str, network: Any, same_as: nn.Module | None, tune: bool = True) -> None:
         memory_format = torch.preserve_format
         if tune:
             network, facts[f'{variant}_format'] = best_format(network, gates.images)
@@ -213,31 +170,34 @@ def build(
             images = gates.images.clone(memory_format=memory_format)
             return lambda: network(images)
 
+        if same_as is not None:
+            check_same({**VARIANTS, **BY_ENGINE}[variant], prepare(), same_as(gates.images))
         functions[variant] = prepare
 
     if 'masked' in args.variants:
-        add('masked', folded(model))
+        add('masked', folded(model), model)
     if 'sparse' in args.variants:
         gates.draw()
         x = gates.images
         sparse = deepmoe_plugin.sparsify(model, calibrate=x if args.calibrate else None, cache_mb=0)
-        add('sparse', sparse, tune=False)
+        add('sparse', sparse, model, tune=False)
     if 'thin' in args.variants:
-        thin = timm.create_model(name, gated=False, **dict(structure, widen=factors)).to(dtype)
-        facts['thin_gmacs'] = MacsTable(thin, (height, width)).dense() / 1e9
-        add('thin', folded(thin))
+        add('thin', folded(thin), masked['thin'])
     if 'thin_fused' in args.variants:
-        thin = timm.create_model(name, **dict(structure, widen=factors)).to(dtype).eval()
-        thin.gating = SyntheticGates([max(1, n) for n in gates.counts], gates.images, 1)
-        add('thin_fused', deepmoe_plugin.sparsify(thin), tune=False)
+        gated = thinned(model, chosen)
+        counts = list(map(len, chosen))
+        gated.gating = GivenGates([torch.arange(count) for count in counts], counts)
+        add('thin_fused', deepmoe_plugin.sparsify(gated), masked['thin'], tune=False)
     if 'base' in args.variants:
-        add('base', folded(plain))
-    for variant, changes in (('thin', {'widen': factors}), ('wide', {})) if args.engines else ():
-        dense = folded(timm.create_model(name, gated=False, **dict(structure, **changes)).to(dtype))
+        add('base', folded(base), None)
+    for kind, dense in (('thin', thin), ('wide', wide)) if args.engines else ():
         for engine in args.engines:
-            found = on_engine(engine, dense, gates.images, BY_ENGINE[f'{variant}_{engine}'])
-            if found is not None:
-                add(f'{variant}_{engine}', found, tune=False)
+            variant = f'{kind}_{engine}'
+            try:
+                found = ENGINES[engine](folded(dense), gates.images)
+                add(variant, found, masked[kind], tune=False)
+            except (Missing, ValueError) as error:
+                print(f'Without {BY_ENGINE[variant]}: {error}.')
     return functions, gates, facts
 
 

@@ -1,19 +1,24 @@
-"""Make a trained classifier cheaper: gate its channels, train on, and compare it with what it was.
+"""Make a trained network cheaper: gate its channels, train on, and compare it with what it was.
 
     deepmoe compress resnet50 --data-dir imagenet --macs 0.5 --epochs 20
     deepmoe compress resnet20_cifar --checkpoint resnet20.safetensors --data-dir cifar10 --macs 0.35
 
-The dense network teaches its gated twin. The gates start at what the experts are worth and at which images use them
-(deepmoe_plugin.warm_start), a threshold closes the least useful experts until the average image costs the budget, and
-the last epochs train with the gates as they then are (stage 2). The output folder gets a checkpoint of each kind
+The gates of its gated twin learn what the experts are worth and which images use the network alike
+(deepmoe_plugin.warm_start), a threshold closes the least useful experts, so that the average image costs the budget,
+and the network trains with these gates, taught by the dense one. The output folder gets a checkpoint of each kind
 (compressed.safetensors, last.pth for --resume), a table (results.md, results.json) and a picture of the experts that
 each class keeps (experts.png). --baselines trains others as long, on the same images and with the same teacher.
+
+Training images of up to 64 pixels are padded by an eighth of it and cut at random, as is usual for CIFAR; larger ones
+are cut as timm does it. All are mirrored at random.
+
+The name of an mmseg config in the place of a network compresses a segmentor: `deepmoe compress CONFIG --help`.
 """
 
 import argparse
 import copy
-import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,31 +27,41 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import create_loader
+from timm.data.transforms import MaybeToTensor
 from timm.models import is_model
 from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask
 from timm.utils import AverageMeter, random_seed
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision import transforms
 from tqdm import tqdm
 
-from ..budgets import set_budget
-from ..macs import GATING_GROUPS, macs_table
+from ..budgets import base_target, draw_budget, set_budget
+from ..gating import GatingConfig
+from ..macs import macs_table
 from ..network import DeepMoE, freeze_gating
 from ..stats import gate_statistics
+from ..terms import term_sources
 from ..warm_start import warm_start
+from .compression import add_recipe_arguments, check_recipe, each_budget, target_of, write_table
+from .configs import find_config
 from .evaluate import evaluate
-from .figures import draw_experts
+from .figures import draw_experts, draw_times
 from .images import add_image_arguments, create_dataset_of, create_images, data_config
 from .networks import add_network_arguments, create_network, read_settings
+from .timing import WAYS, time_rows
 
 BASELINES = ('dense', 'torch-pruning')
 # Dense networks whose gated twin has a name of its own; of all others it is `narrow_deepmoe_NAME`.
 _TWINS = {'wide_resnet50_2': 'wide_deepmoe_resnet50', 'wide_resnet101_2': 'wide_deepmoe_resnet101'}
 TEMPERATURE = 4.0
 CALIBRATION_BATCHES = 16
+GROUPS = 8
+"""Latent experts of the gated network, each of which is a group of images that keep the same."""
 SMALL = 64
-"""Images up to this side are cut and shifted as CIFAR's usually are; larger ones as timm does it."""
+"""Images up to this side are padded by an eighth of it and cut at random, as CIFAR's usually are. timm enlarges its
+crops, which blurs small images, and gates see that."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -59,38 +74,33 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     parser.set_defaults(batch_size=128)
     parser.add_argument('--mean', type=float, nargs='+', help='of the images (default: of the model)')
     parser.add_argument('--std', type=float, nargs='+', help='likewise')
-    parser.add_argument(
-        '--macs', type=float, default=0.5, help='fraction of the dense MACs, gating included (default: %(default)s)'
-    )
     parser.add_argument('--epochs', type=int, default=20, help='(default: %(default)s)')
-    parser.add_argument(
-        '--stage2',
-        type=float,
-        default=0.2,
-        help='share of the epochs with frozen gates, the last (default: %(default)s)',
-    )
-    parser.add_argument('--lr', type=float, default=0.02, help='of SGD, falls along a cosine (default: %(default)s)')
+    parser.add_argument('--lr', type=float, default=0.01, help='of SGD, falls along a cosine (default: %(default)s)')
     parser.add_argument('--weight-decay', type=float, default=5e-4, help='(default: %(default)s)')
-    parser.add_argument(
-        '--distill', type=float, default=0.5, help="weight of the teacher's logits, from 0 to 1 (default: %(default)s)"
-    )
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--channels-last', action='store_true', help='memory format of the networks')
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
     parser.add_argument('--output', type=Path, default=Path('output/compress'), help='folder (default: %(default)s)')
-    parser.add_argument('--resume', action='store_true', help='go on from last.pth of the output folder')
+    add_recipe_arguments(parser, BASELINES)
     parser.add_argument(
-        '--baselines', nargs='*', choices=BASELINES, default=[], help='train these as long as well: %(choices)s'
+        '--time',
+        nargs='*',
+        choices=WAYS,
+        help='time one image as well, gated networks sparsely, dense ones on the fastest of these (default: of all '
+        'that are installed); draws time.png',
     )
     return parser, parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser, args = parse_args(argv)
-    for name, (low, high) in {'macs': (0, 1), 'stage2': (0, 1), 'distill': (0, 1)}.items():
-        value = getattr(args, name)
-        if not low <= value <= high or (name == 'macs' and value in (low, high)):
-            parser.error(f'--{name} must be a fraction between {low} and {high}, got {value}')
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and _is_segmentor(given[0]):
+        from .compress_segmentor import Recipe  # mmseg need not be installed
+        from .compress_segmentor import main as compress_segmentor
+
+        return compress_segmentor(given, Recipe(RAMP, GROUPS))
+    parser, args = parse_args(given)
+    check_recipe(parser, args)
     if args.epochs < 1:
         parser.error(f'--epochs must be at least 1, got {args.epochs}')
     try:
@@ -108,24 +118,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error(str(error))
     args.output.mkdir(parents=True, exist_ok=True)
     rows = [judge('dense', dense, images.loader)]
+    compared = {'dense': dense}
     for name in [*args.baselines, 'gated']:
         random_seed(args.seed)
         model = {'dense': _copy, 'torch-pruning': budget.prune, 'gated': budget.gate}[name](dense)
         train(name, model, dense, loader, plain, args)
-        rows.append(judge(f'{name}, {args.epochs} epochs', model, images.loader))
+        for title in each_budget(budget.targets, f'{name}, {args.epochs} epochs', model):
+            rows.append(judge(title, model, images.loader))
+            if args.time is not None:
+                compared[title] = copy.deepcopy(model)  # one of several budgets changes
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, args.output / 'compressed.safetensors')
-    arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
+    arguments = gated_arguments(gated_name, settings)
     summary = {'network': gated_name, 'model_kwargs': arguments, 'macs': args.macs, 'results': rows}
-    (args.output / 'results.json').write_text(json.dumps(summary, indent=2) + '\n')
-    table = format_table(rows)
-    (args.output / 'results.md').write_text(table + '\n')
+    if args.time is not None:
+        summary['time'] = time_rows(rows, compared, images.loader, args.time or WAYS, args.device)
+        draw_times(rows, ('top1', 'top-1 accuracy (%)')).savefig(args.output / 'time.png', dpi=120)
+    table = write_table(args.output, summary, ('top1', 'top-1 (%)'), 'MMACs')
     labels = torch.cat([labels for _, labels in images.loader])
     stats = gate_statistics(model, images.loader)
     figure = draw_experts(stats.by_class(labels), stats.layers, stats.widths, images.classes)
     figure.savefig(args.output / 'experts.png', dpi=120)
     print(f'\n{table}\n\nTable, weights ({gated_name}) and experts.png are in {args.output}/')
     return summary
+
+
+def _is_segmentor(name: str) -> bool:
+    """Whether a name means a config of mmseg."""
+    path = find_config(name, 'mmseg')
+    return name.endswith('.py') or (path is not None and path.suffix == '.py')
 
 
 def gated_twin(name: str) -> str:
@@ -141,10 +162,21 @@ def gated_twin(name: str) -> str:
     return known
 
 
+def gated_arguments(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the gated network: few groups of images, found by an embedding half as wide as usual, do best."""
+    arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
+    usual: Any = timm.create_model(name, device='meta', **arguments)
+    channels = [max(1, layer.conv.out_channels // 2) for layer in usual.gating.embedding.layers]
+    return {'num_latent_experts': GROUPS, 'embedding_channels': channels, **arguments}
+
+
 def _trained(settings: dict[str, Any], args: argparse.Namespace) -> nn.Module:
     """The dense network with its trained weights."""
+    arguments = dict(settings['model_kwargs'])
+    GatingConfig.pop_from(arguments)  # of the gated twin alone
     if 'deepmoe' in settings['model']:
-        settings = {**settings, 'model_kwargs': {**settings['model_kwargs'], 'gated': False}}
+        arguments['gated'] = False
+    settings = {**settings, 'model_kwargs': arguments}
     pretrained = settings.get('pretrained') and args.checkpoint is None
     settings = {**settings, 'pretrained': False}
     if pretrained:
@@ -159,24 +191,29 @@ def _copy(dense: nn.Module) -> nn.Module:
 
 
 def training_loader(args: argparse.Namespace, settings: dict[str, Any], augment: bool = True) -> DataLoader:
-    """The training images, shuffled; cut, shifted and mirrored at random, or as they are tested."""
+    """The training images, shuffled; shifted or cut, and mirrored at random, or as they are tested."""
     config = data_config(settings)
     dataset = create_dataset_of(args.data_dir, config, {**settings, 'val_split': 'train'})
-    small = max(config['input_size'][1:]) <= SMALL
-    changes: dict[str, Any] = {'color_jitter': None}
-    if small:
-        changes.update(scale=(0.765625, 1.0), ratio=(1.0, 1.0))
-    return create_loader(
+    height, width = config['input_size'][1:]
+    is_small = max(height, width) <= SMALL
+    no_jitter: dict[str, Any] = {'color_jitter': None}
+    loader = create_loader(
         dataset,
         batch_size=args.batch_size,
         is_training=True,
-        no_aug=not augment,
+        no_aug=not augment or is_small,
         use_prefetcher=False,
         num_workers=args.workers,
         interpolation=config['interpolation'],
         **{name: config[name] for name in ('input_size', 'mean', 'std')},
-        **changes,
+        **no_jitter,
     )
+    if augment and is_small:
+        steps = dataset.transform.transforms
+        position = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+        crop = transforms.RandomCrop((height, width), padding=(width // 8, height // 8))
+        steps[position:position] = [crop, transforms.RandomHorizontalFlip()]
+    return loader
 
 
 class Budget:
@@ -192,21 +229,14 @@ class Budget:
         self.loader = training_loader(args, settings)
         self.size = data_config(settings)['input_size'][1:]
         self.dense_macs = macs_table(dense, self.size).dense()
-        arguments = {**settings['model_kwargs'], 'num_classes': settings['num_classes']}
+        arguments = gated_arguments(name, settings)
         probe: Any = timm.create_model(name, device='meta', **arguments)
         table = macs_table(probe, self.size)
         self.gated_layers = {layer.conv for layer in probe.expert_layers}
-        gating = table.dense(GATING_GROUPS)
-        target = (args.macs * self.dense_macs - gating) / (table.dense() - gating)
-        if target <= table.floor:
-            floor = (table.floor * (table.dense() - gating) + gating) / self.dense_macs
-            raise ValueError(
-                f'--macs {args.macs} cannot be reached: gating and the layers without gates cost {floor:.3f} of the '
-                f'dense MACs.'
-            )
+        self.targets = {fraction: base_target(fraction, self.dense_macs, table) for fraction in args.macs}
         steps = len(self.loader) * args.epochs
         self.build = lambda: timm.create_model(
-            name, target_macs=target, target_steps=max(1, int(RAMP * steps)), **arguments
+            name, target_macs=target_of(self.targets), target_steps=max(1, int(RAMP * steps)), **arguments
         )
 
     def gate(self, dense: nn.Module) -> nn.Module:
@@ -245,7 +275,7 @@ class Budget:
         )
         for _ in range(steps):
             pruner.step()
-            if torch_pruning.utils.count_ops_and_params(model, example)[0] <= self.args.macs * self.dense_macs:
+            if torch_pruning.utils.count_ops_and_params(model, example)[0] <= self.args.macs[0] * self.dense_macs:
                 break
         return model
 
@@ -295,8 +325,9 @@ def train(
         random_seed(args.seed, rank=epoch)  # a resumed epoch draws what an uninterrupted run would
         model.train()
         if isinstance(model, DeepMoE):
-            # The embedding has learnt which images use what; from the task it would learn to hand over the class.
-            model.gating.embedding.eval().requires_grad_(False)
+            # The gates know what the images use; from the task they would learn to hand over the class.
+            model.gating.requires_grad_(False)
+            model.gating.embedding.eval()
             if epoch == frozen_from:
                 calibrate(model, plain)
             if epoch >= frozen_from:
@@ -307,6 +338,8 @@ def train(
             part = (epoch + step / len(loader)) / args.epochs
             for group in optimizer.param_groups:
                 group['lr'] = args.lr * group.get('lr_scale', 1) * (0.5 + 0.5 * math.cos(math.pi * part))
+            if isinstance(model, DeepMoE) and model.gating.frozen:
+                draw_budget(model, epoch * len(loader) + step)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 result = task(images.to(device, memory_format=memory_format), labels.to(device))
             optimizer.zero_grad()
@@ -315,7 +348,13 @@ def train(
             meter.update(result['loss'].item(), len(images))
             shown = {n: f'{result[n].item():.2f}' for n in ('kept_experts', 'dynamic_experts') if n in result}
             progress.set_postfix(loss=f'{meter.avg:.3f}', **shown)
+        if isinstance(model, DeepMoE) and model.gating.frozen:
+            draw_budget(model)
+        elif isinstance(model, DeepMoE) and epoch + 1 == args.epochs:  # without stage 2
+            calibrate(model, plain)
         _save(path, model, optimizer, epoch + 1)
+    for source in term_sources(model):
+        source.finish_training()
     model.eval()
 
 
@@ -342,25 +381,13 @@ def judge(name: str, model: nn.Module, loader: DataLoader) -> dict[str, Any]:
     """One row of the table."""
     result = evaluate(model.eval(), loader)
     gmacs = result.macs.total.double() / 1e9
-    row = {
+    row: dict[str, Any] = {
         'name': name,
         'top1': 100 * (result.predicted == result.labels).double().mean().item(),
         'gmacs': gmacs.mean().item(),
         'gmacs_std': gmacs.std(correction=0).item(),
     }
-    if isinstance(model, DeepMoE):
-        stats = gate_statistics(model, loader)
-        row |= {'kept_experts': stats.kept_experts, 'dynamic_experts': stats.dynamic_experts}
+    if result.handover is not None:
+        row |= {'kept_experts': result.experts.mean().item(), 'dynamic_experts': result.dynamic}
+        row |= result.handover.numbers() | result.mixtures[0]
     return row
-
-
-def format_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The results as Markdown."""
-    lines = ['| network | top-1 (%) | MMACs per image | kept experts (%) | dynamic (%) |', '|---|--:|--:|--:|--:|']
-    for row in rows:
-        shares = [f'{100 * row[n]:.1f}' if n in row else '' for n in ('kept_experts', 'dynamic_experts')]
-        lines.append(
-            f'| {row["name"]} | {row["top1"]:.2f} | {1e3 * row["gmacs"]:.2f} ± {1e3 * row["gmacs_std"]:.2f} | '
-            f'{shares[0]} | {shares[1]} |'
-        )
-    return '\n'.join(lines)

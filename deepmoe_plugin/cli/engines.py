@@ -27,7 +27,7 @@ def onnxruntime(model: nn.Module, x: Tensor) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     session = engine.InferenceSession(_onnx(model, x), options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images.numpy()})
+    return lambda images: session.run(None, {name: images.numpy()})[0]
 
 
 def openvino(model: nn.Module, x: Tensor) -> Run:
@@ -46,7 +46,7 @@ def openvino(model: nn.Module, x: Tensor) -> Run:
     }
     graph = engine.convert_model(model.float(), example_input=x.float(), input=[list(x.shape)])
     compiled = engine.compile_model(graph, 'CPU', config)
-    return lambda images: compiled(images.float().numpy())
+    return lambda images: compiled(images.float().numpy())[0]
 
 
 def inductor(model: nn.Module, x: Tensor) -> Run:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import deepmoe_plugin
 
 from ..experts import expert_widths
+from ..handover import Handover, measure_handover
 from ..macs import MacsReport, macs_table
 from ..mixture import MixtureRecord, mixture_record, specialisation_of
 from ..network import deepmoe_networks
@@ -48,6 +49,7 @@ class Evaluation(NamedTuple):
         dynamic: fraction of experts that some images keep and others do not (see `stats.dynamic_experts`).
         mixtures: what the gates of each layer whose gates sum to one tell, in bits (see `specialisation_of`); of a
             DeepMoE network, the latent mixture.
+        handover: what a DeepMoE network knows beyond its embedding; None for others.
     """
 
     labels: Tensor
@@ -59,6 +61,7 @@ class Evaluation(NamedTuple):
     dead: list[int]
     dynamic: float
     mixtures: list[dict[str, float]]
+    handover: Handover | None
 
     @property
     def experts(self) -> Tensor:
@@ -101,13 +104,19 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], runs: nn
         columns['in_top5'].append((best == labels[:, None]).any(1))
         parts = [part.double().mean(1) for part in kept.split(widths, dim=1)] if widths else []
         columns['kept'].append(torch.stack(parts, 1) if parts else torch.ones(len(images), 0))
+    joined = {name: torch.cat(parts) for name, parts in columns.items()}
+    handover = None
+    if network is not None and records:
+        mixtures = torch.cat([record.gates[0] for record in records])
+        handover = measure_handover(network.gating, mixtures, joined['predicted'], joined['labels'])
     return Evaluation(
-        **{name: torch.cat(parts) for name, parts in columns.items()},
+        **joined,
         macs=_joined(reports),
         widths={layer.conv: width for layer, width in zip(layers, widths, strict=True)},
         dead=[int((part == 0).sum()) for part in times_kept.split(widths)] if widths else [],
-        dynamic=dynamic_share(times_kept, sum(map(len, columns['labels']))).item() if widths else 0.0,
-        mixtures=_mixtures(records, torch.cat(columns['labels'])),
+        dynamic=dynamic_share(times_kept, len(joined['labels'])).item() if widths else 0.0,
+        mixtures=_mixtures(records, joined['labels']),
+        handover=handover,
     )
 
 
@@ -179,6 +188,8 @@ def summarise(result: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
         for (layer, width), dead, kept in zip(result.widths.items(), result.dead, result.kept.unbind(1), strict=True)
     }
     everything['mixtures'] = result.mixtures
+    if result.handover is not None:
+        everything['handover'] = result.handover.numbers()
     return everything
 
 
@@ -202,6 +213,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         f'kept experts {plus_minus(summary["kept_experts"], 100)} %; kept by some images and not by others '
         f'{100 * summary["dynamic_experts"]:.4g} %'
     )
+    lines += _handover_line(summary)
     lines += ['', '| layer | experts | dead | kept (%) | GMACs |', '|---|--:|--:|--:|--:|']
     lines += [
         f'| {layer} | {row["experts"]} | {row["dead"]} | {plus_minus(row["kept_experts"], 100)} | '
@@ -209,6 +221,19 @@ def format_summary(summary: dict[str, Any]) -> str:
         for layer, row in summary['by_layer'].items()
     ]
     return '\n'.join(lines + _class_table(summary))
+
+
+def _handover_line(summary: dict[str, Any]) -> list[str]:
+    handover = summary.get('handover')
+    if handover is None:
+        return []
+    reader = 'a linear read-out of its mixture' if handover['is_fitted'] else 'its classifier'
+    right = handover['right_where_wrong']
+    beyond = '' if right is None else f'; where it is wrong, the network is right on {100 * right:.2f} %'
+    return [
+        f'embedding alone ({reader}): top-1 {100 * handover["embedding_right"]:.2f} %, the network agrees on '
+        f'{100 * handover["agreement"]:.2f} %{beyond}'
+    ]
 
 
 def _class_table(summary: dict[str, Any]) -> list[str]:
@@ -252,6 +277,12 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     parser.add_argument('network', help=NETWORK_HELP)
     add_network_arguments(parser)
     add_image_arguments(parser)
+    parser.add_argument(
+        '--macs',
+        type=float,
+        metavar='FRACTION',
+        help="budget by the curve in the checkpoint, of the base network's MACs (default: the one it is at)",
+    )
     parser.add_argument('--sparse', action='store_true', help='compute the logits with deepmoe_plugin.sparsify')
     parser.add_argument('--json', type=Path, help='writes all numbers to this file')
     parser.add_argument('--csv', type=Path, help='writes one row for each image to this file')
@@ -264,6 +295,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         settings = read_settings(args.network, args)
         images = create_images(args, settings)
         model = create_network(settings, args)
+        if args.macs is not None:
+            deepmoe_plugin.set_budget(model, macs=args.macs)
         runs = deepmoe_plugin.sparsify(model) if args.sparse else None
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
@@ -278,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         'checkpoint': args.checkpoint,
         'data': args.data_dir,
         'split': settings.get('val_split') or 'validation',
+        'budget': args.macs,
         'sparse': args.sparse,
         'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'python': platform.python_version()},
         **summarise(result, images.classes),

@@ -4,7 +4,7 @@ Colours are told apart by colour-blind readers, too: Petroff's ten for classes a
 purple-to-orange scale for what has a sign.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -39,6 +39,23 @@ def draw_accuracy(points: Sequence[dict[str, Any]]) -> Figure:
     _draw_series(axes, [{**point, 'macs': factor * point['gmacs']} for point in points], 'macs', 'top1')
     _name_series(figure, axes)
     axes.set(xlabel=f'{unit} per image, gating network included', ylabel='top-1 accuracy (%)')
+    return figure
+
+
+def draw_times(rows: Sequence[dict[str, Any]], accuracy: tuple[str, str]) -> Figure:
+    """Accuracy against the time of one image.
+
+    Args:
+        rows: one for each network, with `name`, `ms`, `engine` and the accuracy.
+        accuracy: its name in the rows, and what it is.
+    """
+    figure, axes = plt.subplots(figsize=(6.5, 4), layout='constrained')
+    for i, row in enumerate(rows):
+        style = {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i % len(MARKERS)]}
+        axes.plot(row['ms'], row[accuracy[0]], linestyle='none', label=f'{row["name"]} ({row["engine"]})', **style)
+    axes.set(xlabel='time of one image (ms)', ylabel=accuracy[1], xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize=8)
     return figure
 
 
@@ -246,6 +263,23 @@ def draw_dead(layers: Sequence[str], dead: Sequence[float], always: Sequence[flo
     axes.set_xticks(places, layers, rotation=90, fontsize=8)
     axes.set(xlabel='gated layer', ylabel='experts of the layer (%)', ylim=(0, 105), xlim=(-0.6, len(layers) - 0.4))
     axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    return figure
+
+
+def draw_beyond(classes: Sequence[str], shares: Mapping[str, Sequence[float]]) -> Figure:
+    """Images of each class (%) that are classified rightly, by whom and which of them; NaN where there are none.
+
+    Args:
+        shares: for each kind of bar, a number for each class.
+    """
+    figure, axes = plt.subplots(figsize=(max(6, 2.5 + 0.6 * len(classes)), 4), layout='constrained')
+    places = np.arange(len(classes))
+    width = 0.8 / len(shares)
+    for i, (label, values) in enumerate(shares.items()):
+        axes.bar(places + (i - (len(shares) - 1) / 2) * width, values, width=width, color=COLOURS[i], label=label)
+    axes.set_xticks(places, classes, rotation=60, ha='right', fontsize=8)
+    axes.set(ylabel='classified rightly (%)', ylim=(0, 105))
+    axes.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, frameon=False, fontsize=8)
     return figure
 
 

@@ -71,7 +71,7 @@ def check_types(parser: argparse.ArgumentParser, config: Config) -> None:
     typed: list[tuple[str, Registry, Any]] = []
     for name in ('train', 'val', 'test'):
         loader = config.get(f'{name}_dataloader')
-        for dataset in _plain_datasets(loader.dataset) if loader else ():
+        for dataset in plain_datasets(loader.dataset) if loader else ():
             typed.append((f'{name}_dataloader.dataset', DATASETS, dataset))
             typed += [(f'{name}_dataloader.dataset.pipeline', TRANSFORMS, step) for step in dataset.get('pipeline', ())]
     typed += [('custom_hooks', HOOKS, hook) for hook in config.get('custom_hooks') or ()]
@@ -102,19 +102,19 @@ def check_data(parser: argparse.ArgumentParser, config: Config, *splits: str) ->
     """Exit with what to do unless all images of the splits ('train', 'val', 'test') and their label maps are there."""
     for split in splits:
         loader = config.get(f'{split}_dataloader')
-        for dataset in _plain_datasets(loader.dataset) if loader else ():
+        for dataset in plain_datasets(loader.dataset) if loader else ():
             problem = _missing(dataset)
             if problem:
                 parser.error(f'{split}_dataloader: {problem}\n{_remedy(dataset)}')
 
 
-def _plain_datasets(dataset: Any) -> Iterator[Any]:
+def plain_datasets(dataset: Any) -> Iterator[Any]:
     """The datasets inside wrappers such as RepeatDataset and ConcatDataset."""
     inner = dataset.get('datasets') or ([dataset.dataset] if 'dataset' in dataset else [])
     if not inner:
         yield dataset
     for part in inner:
-        yield from _plain_datasets(part)
+        yield from plain_datasets(part)
 
 
 def _type_of(dataset: Any) -> Any:

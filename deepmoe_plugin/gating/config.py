@@ -25,15 +25,19 @@ class GatingConfig(SpecialisationConfig):
 
     num_latent_experts: int = 64
     """K, length of the latent mixture weights `e`."""
+    experts_per_gate: int = 1
+    """Neighbouring channels of a layer that share a gate (ours; the paper has 1). With 8, 16 or 32, what an image keeps
+    fills the vector registers of a processor. It must divide the width of every gated layer."""
     gate_loss_weight: float | None = None
     """lambda of Eq. 7; by default 1, and 0 with a target or when gating is frozen."""
     embed_loss_weight: float = 0.0
     """mu of Eq. 7; 0 creates no embedding classifier (paper: 1 for CIFAR, 0 for ImageNet)."""
     gate_norm: GateNorm = 'mean'
     """L_g: 'mean' over all gates, 'sum' per image (Eq. 8 to the letter), 'macs' weighs an expert by its MACs."""
-    target_kept: float | None = None
-    """Fraction of experts to keep on average (ours): a threshold of the gates then rises until the target is met."""
-    target_macs: float | None = None
+    target_kept: float | Sequence[float] | None = None
+    """Fraction of experts to keep on average (ours): a threshold of the gates then rises until the target is met. Two
+    fractions are a range: each training step draws a target from it, for a network of many budgets."""
+    target_macs: float | Sequence[float] | None = None
     """The same for the fraction of the base network's dense MACs to spend on average."""
     target_steps: int = 1000
     """Training steps in which the budget falls from everything to the target."""
@@ -49,7 +53,8 @@ class GatingConfig(SpecialisationConfig):
         super().__post_init__()
         if self.similarity_of not in SIMILARITY_OF:
             raise ValueError(f'similarity_of must be one of {", ".join(SIMILARITY_OF)}, got {self.similarity_of!r}.')
-        check_whole('num_latent_experts', self.num_latent_experts)
+        for name in ('num_latent_experts', 'experts_per_gate'):
+            check_whole(name, getattr(self, name))
         if not isinstance(self.freeze_gating, bool):
             raise ValueError(f'freeze_gating must be True or False, got {self.freeze_gating!r}.')
         if self.gate_norm not in GATE_NORMS:
@@ -62,9 +67,14 @@ class GatingConfig(SpecialisationConfig):
             value = getattr(self, name)
             if value is None:
                 continue
-            check_number(name, value)
-            if not 0 < value < 1:
-                raise ValueError(f'{name} must lie between 0 and 1 (a fraction), got {value}.')
+            is_range = isinstance(value, Sequence) and not isinstance(value, str)
+            ends = tuple(value) if is_range else (value,)
+            for end in ends:
+                check_number(name, end)
+                if not 0 < end < 1:
+                    raise ValueError(f'{name} must lie between 0 and 1 (a fraction), got {end}.')
+            if is_range and not (len(ends) == 2 and ends[0] < ends[1]):
+                raise ValueError(f'{name} must be one fraction, or a smaller and a larger one, got {value}.')
         if self.target_kept is not None and self.target_macs is not None:
             raise ValueError('target_kept and target_macs contradict each other: give one of them.')
         check_whole('target_steps', self.target_steps)

@@ -11,6 +11,7 @@ from ..terms import Passes
 from ..tracing import is_traced
 from .budget import GateBudget
 from .config import GatingConfig
+from .curve import BudgetCurve
 from .embedding import ShallowEmbedding
 from .frozen import freeze_norms, unfreeze_norms
 from .heads import GateHeads
@@ -22,13 +23,13 @@ class GatingRecord(NamedTuple):
     Attributes:
         preact: `W e`, shape (B, N), N the number of experts of all layers together.
         embed_logits: class logits of the embedding, shape (B, num_classes), or None without `L_e`.
-        mixture: latent mixture weights, shape (B, K), where a loss of `SpecialisationConfig` needs them.
+        mixture: latent mixture weights, shape (B, K); its graph only with a loss of `SpecialisationConfig`.
         samples: what the similarity loss takes distances of, shape (B, ...), where it is asked for.
     """
 
     preact: Tensor
     embed_logits: Tensor | None
-    mixture: Tensor | None = None
+    mixture: Tensor
     samples: Tensor | None = None
 
 
@@ -70,7 +71,7 @@ class GatingNetwork(nn.Module):
         self.embedding: Any = ShallowEmbedding(
             in_chans, config.embedding_channels, config.num_latent_experts, norm_layer=norm_layer, **dd
         )
-        self.gates = GateHeads(widths, config.num_latent_experts, **dd)
+        self.gates = GateHeads(widths, config.num_latent_experts, config.experts_per_gate, **dd)
         self.class_scores: nn.Linear | None = None
         if config.embed_loss_weight > 0 and num_classes < 1:
             raise ValueError(
@@ -80,6 +81,7 @@ class GatingNetwork(nn.Module):
         self.reset_classifier(num_classes)
         target = config.target_macs if self.budget_on_macs else config.target_kept
         self.budget = None if target is None else GateBudget(target, config.target_steps, device)
+        self.curve = BudgetCurve(device)
         self.passes = Passes()
         if config.freeze_gating:
             self.freeze()
@@ -116,31 +118,42 @@ class GatingNetwork(nn.Module):
         preact = self.gates(mixture)
         if checked:
             self._check_finite(mixture, preact)
-        gates = self.gates.cut(preact, straight_through=self.budget is not None and self.training)
+        trains = self.budget is not None and self.training
+        gates = self.gates.cut(preact, straight_through=trains, threshold=self.threshold)
         if (self.training or self.frozen) and self.passes.wanted(x):
             return self.passes.leave(self._record(mixture, preact, x if samples is None else samples), gates)
         return gates
 
+    @property
+    def threshold(self) -> Tensor:
+        """Above which a gate is kept: of a range of targets, another one in each training step."""
+        drawn = self.budget.drawn if self.budget is not None and self.training else None
+        return self.gates.threshold if drawn is None else drawn
+
     def keep_first(self, num_layers: int) -> None:
         """Drop the gates of all layers but the first `num_layers`, and the embedding if none is left."""
         self.gates.keep_first(num_layers)
+        self.curve.forget()
         if not self.gates.widths:
             self.embedding = nn.Identity()
             self.class_scores = None
 
     def _record(self, mixture: Tensor, preact: Tensor, samples: Tensor) -> GatingRecord:
-        logits = None
-        if self.class_scores is not None:
-            # Mixture weights average 1/K; scaled to average 1 they train the classifier at ordinary learning rates.
-            scaled = mixture * mixture.shape[1]
-            logits = self.class_scores(scaled.to(self.class_scores.weight.dtype))
         specialisation = self.specialisation
         return GatingRecord(
             preact,
-            logits,
-            mixture if specialisation.active else None,
+            self.class_logits(mixture),
+            mixture if specialisation.active else mixture.detach(),
             samples.detach() if specialisation.needs_samples else None,
         )
+
+    def class_logits(self, mixture: Tensor) -> Tensor | None:
+        """Map mixture weights (B, K) to what the embedding classifier makes of them, (B, num_classes); None without."""
+        if self.class_scores is None:
+            return None
+        # Mixture weights average 1/K; scaled to average 1 they train the classifier at ordinary learning rates.
+        scaled = mixture * mixture.shape[1]
+        return self.class_scores(scaled.to(self.class_scores.weight.dtype))
 
     def freeze(self) -> None:
         """Stop training every gating parameter and statistic; `train()` does not undo it."""

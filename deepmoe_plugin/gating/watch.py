@@ -2,19 +2,35 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..stats import dynamic_share
 
 _logger = logging.getLogger(__name__)
 
 WINDOW = 50
 """Training passes that are looked at together; on an accelerator, looking at each would stop the host."""
-
-
 ENOUGH = 16
 """Images that must have been seen before experts can be said to be the same for all."""
+STATIC = 0.01
+"""Gating with a smaller fraction of dynamic experts is static."""
+
+
+class _Window(NamedTuple):
+    """How many of so many images keep each expert, shape (N,)."""
+
+    times_kept: Tensor
+    images: int
+
+    def __add__(self, other: '_Window') -> '_Window':  # type: ignore[override] # not a longer tuple
+        return _Window(self.times_kept + other.times_kept, self.images + other.images)
+
+    @property
+    def dynamic(self) -> float:
+        return dynamic_share(self.times_kept, self.images).item()
 
 
 class GateWatch:
@@ -30,8 +46,8 @@ class GateWatch:
         self._settings = ''
         self._images = 0
         self._was_dynamic = False
-        self._last: tuple[Tensor, Tensor] | None = None
-        self._window: tuple[Tensor, Tensor] | None = None
+        self._last: _Window | None = None
+        self._window: _Window | None = None
         self._passes = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -46,10 +62,9 @@ class GateWatch:
             recovers: closed gates open again by themselves.
         """
         self._settings = settings
-        some, every = kept.any(0), kept.all(0)
-        if self._window is not None and self._window[0].shape == some.shape:
-            some, every = some | self._window[0], every & self._window[1]
-        self._window = some, every
+        window = _Window(kept.sum(0), len(kept))
+        has_same_experts = self._window is not None and self._window.times_kept.shape == window.times_kept.shape
+        self._window = self._window + window if self._window is not None and has_same_experts else window
         self._passes += 1
         self._images += len(kept)
         if not recovers and (kept.device.type == 'cpu' or self._passes == WINDOW) and not kept.any():
@@ -59,34 +74,32 @@ class GateWatch:
                 f'earlier checkpoint with a smaller gate_loss_weight ({settings}), or with target_kept.',
             )
         if self._passes == WINDOW:
-            if self._is_static(self._window) and self._was_dynamic:
+            is_static = self._window.dynamic < STATIC
+            if is_static and self._was_dynamic:
                 self._warn_of_static(self._window)
-            self._was_dynamic |= not self._is_static(self._window)
+            self._was_dynamic |= not is_static
             self._last, self._window, self._passes = self._window, None, 0
 
     def finish(self) -> None:
         """Look at the latest passes once training has ended."""
         seen = [window for window in (self._last, self._window) if window is not None]
-        if self._images < ENOUGH or len({window[0].shape for window in seen}) > 1:
+        if self._images < ENOUGH or len({window.times_kept.shape for window in seen}) > 1:
             return
-        some = torch.stack([window[0] for window in seen]).any(0)
-        every = torch.stack([window[1] for window in seen]).all(0)
-        if self._is_static((some, every)):
-            self._warn_of_static((some, every))
+        window = seen[0] + seen[1] if len(seen) > 1 else seen[0]
+        if window.dynamic < STATIC:
+            self._warn_of_static(window)
 
-    @staticmethod
-    def _is_static(window: tuple[Tensor, Tensor]) -> bool:
-        return torch.equal(*window)
-
-    def _warn_of_static(self, window: tuple[Tensor, Tensor]) -> None:
-        share = window[0].float().mean().item()
+    def _warn_of_static(self, window: _Window) -> None:
+        share = window.times_kept.float().mean().item() / window.images
         if not share:  # that is the other failure
             return
+        exception = f' (but for {window.dynamic:.1%})' if window.dynamic else ''
         self._warn_once(
             'static',
-            f'All images keep the same {share:.0%} of the experts: the gates do not look at the image. Train the gates '
-            f'longer before they are frozen, with another gate_loss_weight ({self._settings}), with target_kept, or '
-            f'with embed_loss_weight > 0.',
+            f'All images keep the same {share:.0%} of the experts{exception}: the gates do not look at the image. '
+            f'Start from a trained network with deepmoe_plugin.warm_start (deepmoe compress does), or train the gates '
+            f'longer before they are frozen, with target_kept, another gate_loss_weight ({self._settings}) or '
+            f'embed_loss_weight > 0.',
         )
 
     def _warn_once(self, failure: str, text: str) -> None:

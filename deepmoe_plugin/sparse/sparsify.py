@@ -2,12 +2,15 @@
 
 from torch import Tensor, nn
 
+from ..budgets import set_budget
 from ..network import find_deepmoe
 from .engine import SparseNetwork
 from .fold import eval_view
 
 
-def sparsify(model: nn.Module, calibrate: Tensor | None = None, cache_mb: float = 128) -> nn.Module:
+def sparsify(
+    model: nn.Module, calibrate: Tensor | None = None, cache_mb: float = 128, macs: float | None = None
+) -> nn.Module:
     """Make a model that computes, for each image, only the experts that its gates keep.
 
     The result equals `model.eval()(x)` to float rounding and follows later changes of the model's weights; see
@@ -20,17 +23,21 @@ def sparsify(model: nn.Module, calibrate: Tensor | None = None, cache_mb: float 
             whose images keep different experts, which without calibration run on trust: they have not been measured
             on a GPU yet.
         cache_mb: MiB of gathered weights kept for gates that come again (video, similar images); 0 keeps none.
+        macs: sets the budget of `model` first, by its budget curve; see `set_budget`.
 
     Returns:
         A `SparseNetwork`, or a copy of `model` in evaluation mode that shares its weights and holds one.
 
     Raises:
-        ValueError: `model` holds no DeepMoE network or several, or has parts that cannot run so.
+        ValueError: `model` holds no DeepMoE network or several, or has parts that cannot run so; or it has no budget
+            curve for `macs`.
     """
     if cache_mb < 0:
         raise ValueError(f'cache_mb must be at least 0, got {cache_mb}.')
     if calibrate is not None and not len(calibrate):
         raise ValueError('calibrate holds no image: give as many as are to come at once.')
+    if macs is not None:
+        set_budget(model, macs=macs)
     network = find_deepmoe(model)
     sparse = SparseNetwork(network, cache_mb)
     if calibrate is not None:
