@@ -63,6 +63,24 @@ def test_terms_in_the_log(tmp_path: Path) -> None:
     assert 0 < runner.message_hub.get_scalar('train/kept_experts').current() < 1
 
 
+def test_a_network_of_timm_in_mmsegs_own_backbone(tmp_path: Path) -> None:
+    backbone = dict(
+        type='TIMMBackbone',
+        model_name='wide_deepmoe_resnet18',
+        pretrained=False,
+        features_only=True,
+        out_indices=(1, 2, 3, 4),
+        layers=(1, 1, 1, 1),
+        gate_loss_weight=LAMBDA,
+    )
+    model, watch = segmentor(backbone), Watch()
+    runner = make_runner(model, tmp_path, watch, LOSS, iters=1)
+    runner.train()
+    assert runner.message_hub.get_scalar('train/loss_gate').current() > 0
+    gates = next(grad for name, grad in watch.grads[0].items() if name.endswith('gates.weight'))
+    assert gates.abs().sum() > 0
+
+
 def test_without_the_embedding_loss_nothing_of_it_is_there(tmp_path: Path) -> None:
     model = segmentor(backbone_config())
     runner = make_runner(model, tmp_path, LOSS, iters=1)

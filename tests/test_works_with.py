@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import timm
 import torch
 from small_networks import images, randomise, small
 from torch import nn
@@ -38,6 +39,13 @@ def trains(model: nn.Module, output: Callable[[Any], torch.Tensor] = lambda outp
     (loss + terms['loss_gate']).backward()
     gates = next(p for name, p in model.named_parameters() if name.endswith('gates.weight'))
     assert gates.grad is not None
+
+
+def anomalib() -> None:
+    extractors = pytest.importorskip('anomalib.models.components.feature_extractors')
+    for backbone in ('narrow_deepmoe_resnet18', timm.create_model('narrow_deepmoe_resnet18')):
+        features = extractors.TimmFeatureExtractor(backbone, ['layer1', 'layer2'], pre_trained=False)(images(1, 64))
+        assert [tuple(maps.shape[1:]) for maps in features.values()] == [(64, 16, 16), (128, 8, 8)]
 
 
 def unet() -> None:
@@ -266,6 +274,7 @@ LINES = (
         note='terms by `gating_terms`',
     ),
     Line(F, 'segmentation_models.pytorch: encoders `tu-...deepmoe...`', unet, note='terms by `gating_terms`'),
+    Line(F, 'anomalib: `TimmFeatureExtractor`, of a name and of a module', anomalib),
     Line(F, 'transformers: `TimmWrapperForImageClassification`', transformers, note='terms by `gating_terms`'),
     Line(F, 'torchvision: `create_feature_extractor`', extractor),
     Line(
