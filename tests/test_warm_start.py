@@ -72,6 +72,28 @@ def test_gates_differ_between_images_without_labels():
     assert (kinds[0] - kinds[1]).abs().max() > 0.8  # some experts are those of bright images, some of dark ones
 
 
+def test_images_of_a_group_keep_the_same_and_all_groups_spend_the_same():
+    model = trained('cifar', num_latent_experts=4, target_macs=0.6).eval()
+    data = loader(8)
+    warm_start(model, data, nn.CrossEntropyLoss(), epochs=12, progress=False)
+    x = torch.cat([x for x, _ in data])
+    spent = set_budget(model, x, macs=0.6)
+    kept = gate_statistics(model, x).kept
+    patterns, sizes = kept.unique(dim=0, return_counts=True)
+    assert 1 < len(patterns)
+    assert sizes.topk(min(4, len(sizes))).values.sum() > 0.9 * len(x)  # a few images lie between two groups
+    torch.testing.assert_close(model.spent(patterns), torch.full([len(patterns)], spent).double(), rtol=0, atol=0.03)
+
+
+def test_the_mixture_names_a_group():
+    model = trained('cifar', num_latent_experts=2).eval()
+    data = loader(8)
+    warm_start(model, data, nn.CrossEntropyLoss(), epochs=12, progress=False)
+    mixture = model.gating.embedding(torch.cat([x for x, _ in data]))
+    assert mixture.amax(1).mean() > 0.9
+    assert (mixture.mean(0) > 0.02).sum() > 1
+
+
 @pytest.mark.parametrize('experts_per_gate', [1, 16])
 def test_worth_is_the_gradient_of_the_gates(experts_per_gate):
     """Against the definition: the root mean square over images of the loss change to first order."""

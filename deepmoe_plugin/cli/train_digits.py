@@ -42,6 +42,7 @@ from .parsing import create_parser
 OPTIONS: dict[str, Any] = {
     'model': None,
     'model_kwargs': {},
+    'dataset': None,
     'epochs': 300,
     'batch_size': 128,
     'opt': 'sgd',
@@ -55,7 +56,7 @@ OPTIONS: dict[str, Any] = {
 }
 # What is done in any case, or has no meaning for images in memory.
 IGNORED = (
-    *('dataset', 'device_modules', 'input_size', 'mean', 'std', 'scale', 'ratio', 'hflip', 'color_jitter'),
+    *('device_modules', 'input_size', 'mean', 'std', 'scale', 'ratio', 'hflip', 'color_jitter'),
     *('train_interpolation', 'smoothing', 'dataset_download'),
 )
 
@@ -120,9 +121,20 @@ def read_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_digits(
-    options: dict[str, Any], model: nn.Module, data: DigitData, seed: int, log: Callable[[str], object] = print
+    options: dict[str, Any],
+    model: nn.Module,
+    data: DigitData,
+    seed: int,
+    log: Callable[[str], object] = print,
+    amp: bool = False,
 ) -> None:
     """Train a network with the options of `read_options`.
+
+    Args:
+        data: of the split to train on.
+        seed: of the order of the images, and of their shifts.
+        log: takes a line after each epoch.
+        amp: multiply in bfloat16; weights, gates and loss stay float32.
 
     Raises:
         ValueError: the loss is not finite any more.
@@ -151,7 +163,9 @@ def train_digits(
         model.train()
         started, total, steps = time.perf_counter(), torch.zeros(()), 0
         for images, labels in data.epoch(options['batch_size'], rng):
-            loss = criterion(model(images), labels)
+            with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+                output = model(images)
+            loss = criterion(output.float(), labels)
             terms = gating_terms(model, labels, criterion, loss)
             loss = loss + sum(value for name, value in terms.items() if 'loss' in name)
             optimizer.zero_grad()
@@ -197,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument('--checkpoint', help='weights to start from, as of phase 1')
     parser.add_argument('--epochs', type=int, help='(default: as the config says)')
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
+    parser.add_argument('--amp', action='store_true', help='train with products in bfloat16; errors are of float32')
     parser.add_argument('--out', type=Path, required=True, help='folder for model.safetensors and result.json')
     args = parser.parse_args(argv)
     try:
@@ -214,14 +229,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.checkpoint is not None:
             check_readable(args.checkpoint, '--checkpoint')
             model.load_state_dict(load_state_dict(args.checkpoint))
-        splits = {split: DigitData(read_digits(args.source, split), split, model) for split in SPLITS}
+        digits = {split: read_digits(args.source, split, options['dataset']) for split in SPLITS}
+        splits = {split: DigitData(digits[split], split, model) for split in SPLITS}
         started = time.perf_counter()
-        train_digits(options, model, splits['train'], args.seed)
+        train_digits(options, model, splits['train'], args.seed, amp=args.amp)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         parser.error(str(error))
     result = {
         **{name: options[name] for name in ('model', 'model_kwargs', 'epochs')},
         'seed': args.seed,
+        'amp': args.amp,
         'seconds': time.perf_counter() - started,
         'versions': {'torch': torch.__version__, 'timm': timm.__version__, 'python': platform.python_version()},
         **{split: measure_digits(model, data) for split, data in splits.items()},

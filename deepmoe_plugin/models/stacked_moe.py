@@ -11,7 +11,6 @@ from ..arguments import check_whole
 from ..balance import BalancedSoftmax
 from ..checkpoints import build_with_checks
 from ..mixture import Mixture, MixtureRecord, image_size, refuse_checkpointing, refuse_pooling
-from ..specialisation import SpecialisationConfig
 from .registration import Network, register_networks
 
 Form = Literal['mixture', 'single', 'concat']
@@ -104,7 +103,6 @@ class StackedMoE(Mixture):
         self.in_chans = in_chans
         self.img_size = image_size(img_size)
         self.drop_rate = drop_rate
-        self.specialisation = SpecialisationConfig()
         width = in_chans * self.img_size[0] * self.img_size[1]
         self.layers = nn.ModuleList()
         for i in range(len(experts)):
