@@ -8,6 +8,8 @@ import torch
 from timm.task import ClassificationTask
 from torch import Tensor, nn
 
+import deepmoe_plugin  # noqa: F401 (registers the models)
+
 STACKED = ['dmoe_4x100', 'dmoe_4x100_4x100', 'dmoe_4x100_4x20', 'dmoe_4x50_4x20']
 DNN = ['dmoe_dnn_4x100_4x100', 'dmoe_dnn_4x100_4x20', 'dmoe_dnn_4x50_4x20']
 SPECIALISED = ['moe_cifar100', 'moe_fashion_mnist', 'moe_mnist']
