@@ -12,12 +12,17 @@ from safetensors.torch import load_file, save_file
 from deepmoe_plugin import set_budget
 from deepmoe_plugin.cli import compress, timing
 
-ARGS = ['--model-kwargs', 'layers=(1,1,1)', '--epochs', '2', '--batch-size', '16', '--workers', '0']
+ARGS = ['--epochs', '2', '--batch-size', '16', '--workers', '0']
+# Dense networks, each with the arguments that shrink it.
+NETWORKS = {
+    'resnet20_cifar': dict(layers=(1, 1, 1)),
+    'convnext_atto': dict(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), patch_size=1, ls_init_value=1.0),
+}
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Images of two classes, bright and dark, and a dense network."""
+    """Images of two classes, bright and dark, and dense networks."""
     root = tmp_path_factory.mktemp('compress')
     random = np.random.default_rng(0)
     for split, count in (('train', 24), ('val', 8)):
@@ -26,20 +31,31 @@ def folder(tmp_path_factory):
             for i in range(count):
                 pixels = np.clip(base + random.normal(0, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(root / 'data' / split / label / f'{i}.png')
-    torch.manual_seed(0)
-    model = timm.create_model('resnet20_cifar', layers=(1, 1, 1), num_classes=2)
-    save_file(model.state_dict(), root / 'dense.safetensors')
+    for name, arguments in NETWORKS.items():
+        torch.manual_seed(0)
+        model = timm.create_model(name, num_classes=2, **arguments)
+        save_file(model.state_dict(), root / f'{name}.safetensors')
     return root
 
 
-def run(folder, output, *more):
-    checkpoint = ['--checkpoint', str(folder / 'dense.safetensors'), '--data-dir', str(folder / 'data')]
-    return compress.main(['resnet20_cifar', *checkpoint, '--output', str(output), *ARGS, *more])
+def run(folder, output, *more, network='resnet20_cifar', **arguments):
+    arguments = {**NETWORKS[network], **arguments}
+    shrunk = ['--model-kwargs', *(f'{name}={value}'.replace(' ', '') for name, value in arguments.items())]
+    data = ['--checkpoint', str(folder / f'{network}.safetensors'), '--data-dir', str(folder / 'data')]
+    return compress.main([network, *data, '--img-size', '32', '--output', str(output), *shrunk, *ARGS, *more])
 
 
-@pytest.mark.parametrize('arguments', [(), ('experts_per_gate=8',)], ids=str)
-def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path, arguments):
-    summary = run(folder, tmp_path, '--macs', '0.6', '--model-kwargs', 'layers=(1,1,1)', *arguments)
+@pytest.mark.parametrize(
+    ('network', 'arguments'),
+    [
+        ('resnet20_cifar', {}),
+        ('resnet20_cifar', dict(experts_per_gate=8)),
+        ('convnext_atto', dict(embedding_channels=(8, 8))),
+    ],
+    ids=str,
+)
+def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path, network, arguments):
+    summary = run(folder, tmp_path, '--macs', '0.6', network=network, **arguments)
     dense, gated = summary['results']
     assert gated['gmacs'] / dense['gmacs'] == pytest.approx(0.6, abs=0.06)
     assert gated['kept_experts'] < 1

@@ -6,6 +6,7 @@ Tests run it with every address checked (see `build.CHECKED`).
 import functools
 import logging
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,10 @@ from test_sparse import assert_exact, network, random_gates, relative_error, wit
 from torch import Tensor, nn
 
 import deepmoe_plugin
+from deepmoe_plugin.models.deepmoe_convnext import GatedResponseNorm
 from deepmoe_plugin.sparse import build, program
+from deepmoe_plugin.sparse.operations import Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 from deepmoe_plugin.sparse.program import OPERATIONS, VALUES, PackedWeight, Program
-from deepmoe_plugin.sparse.trace import Convolve, Operation, Pool, Scale, Trace
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason='needs a C++ compiler and the OpenMP library of GNU')
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -42,6 +44,30 @@ def convolution(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, conv: nn.Co
             part = x[:, :, row * dh :: sh, column * dw :: sw][:, :, :height, :width]
             result += np.einsum('bchw,oc->bohw', part, weight[:, :, row, column])
     return result
+
+
+def depthwise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, conv: nn.Conv2d) -> np.ndarray:
+    """A convolution in which each channel reads itself only; weight (C, 1, kh, kw)."""
+    channels = len(weight)
+    own = np.eye(channels)[:, :, None, None] * weight
+    return convolution(x, own, np.zeros(channels) + bias, conv)
+
+
+def layer_norm(x: np.ndarray, norm: nn.LayerNorm) -> np.ndarray:
+    """Each pixel's channels to a mean of zero and a variance of one, times weights, plus biases."""
+    result = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + norm.eps)
+    if norm.elementwise_affine:
+        weight, bias = (part.detach().double().numpy()[:, None, None] for part in (norm.weight, norm.bias))
+        result = result * weight + bias
+    return result
+
+
+def response_norm(x: np.ndarray, gate: np.ndarray, norm: GatedResponseNorm) -> np.ndarray:
+    """GRN of gated channels: the mean of their norms is weighted by their gates (B, C), which multiply their biases."""
+    weight, bias = (part.detach().double().numpy()[:, None, None] for part in (norm.weight, norm.bias))
+    norms = np.sqrt((x**2).sum((2, 3), keepdims=True))
+    mean = norms.sum(1, keepdims=True) / gate.sum(1)[:, None, None, None]
+    return x + weight * x * norms / (mean + norm.eps) + bias * gate[:, :, None, None]
 
 
 def pooling(x: np.ndarray, kernel: int, padding: int, stride: int) -> np.ndarray:
@@ -132,6 +158,60 @@ def test_convolutions(
 
 @torch.no_grad()
 @dtypes
+@pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7)), (2, (11, 30))])
+@pytest.mark.parametrize('channels', [5, 16, 75])
+@pytest.mark.parametrize(
+    'geometry', [dict(kernel_size=7, padding=3), dict(stride=2), dict(padding=2, dilation=2), dict(bias=False)], ids=str
+)
+def test_depthwise_convolutions_and_layer_norms(
+    geometry: dict[str, Any], channels: int, batch: int, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    conv = random_conv(channels, channels, dtype, groups=channels, **geometry)
+    norm, plain = nn.LayerNorm(channels, eps=1e-3, dtype=dtype), nn.LayerNorm(channels, elementwise_affine=False)
+    for parameter in norm.parameters():
+        parameter.normal_()
+    x = torch.randn(batch, channels, *size).to(dtype)
+    operations = [
+        Depthwise(['x'], 'a', conv=conv),
+        Depthwise(['x'], 'b', conv=conv, norm=norm),
+        Depthwise(['a'], 'c', norm=plain),
+    ]
+    weight, bias = conv.weight.double().numpy(), 0.0 if conv.bias is None else conv.bias.double().numpy()
+    a = depthwise(x.double().numpy(), weight, bias, conv)
+    assert close(run(operations, x, [], 'a'), a, dtype)
+    assert close(run(operations, x, [], 'b'), layer_norm(a, norm), dtype)
+    assert close(run(operations, x, [], 'c'), layer_norm(a, plain), dtype)
+
+
+@torch.no_grad()
+@dtypes
+@pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7))])
+@pytest.mark.parametrize('channels', [5, 75])
+def test_response_norms_of_kept_channels(channels: int, batch: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    first, second = random_conv(3, channels, dtype), random_conv(channels, 7, dtype)
+    norm = GatedResponseNorm(channels).to(dtype)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    gates = [gates_of(batch, channels, 0.4, 1)]
+    gates[0][:, 0] = 1  # an image that keeps nothing has no mean
+    x = torch.randn(batch, 3, *size).to(dtype)
+    operations = [
+        Convolve(['x'], 'a', 0, conv=first, activation='relu'),
+        Norms(['a'], 'norms', 0),
+        Respond(['a', 'norms'], 'b', 0, norm=norm),
+        Convolve(['b'], 'c', conv=second),
+    ]
+    gate = gates[0].double().numpy()
+    a = np.maximum(convolution(x.double().numpy(), *arrays(first), first), 0) * gate[:, :, None, None]
+    b = response_norm(a, gate, norm)
+    assert close(run(operations, x, gates, 'b'), b, dtype)
+    assert close(run(operations, x, gates, 'c'), convolution(b, *arrays(second), second), dtype)
+
+
+@torch.no_grad()
+@dtypes
 @pytest.mark.parametrize('window', [(3, 1, 2), (2, 0, 2), (1, 0, 2)])
 def test_pooling_scaling_and_widening(window: tuple[int, int, int], dtype: torch.dtype) -> None:
     kernel, padding, stride = window
@@ -154,9 +234,10 @@ def test_pooling_scaling_and_widening(window: tuple[int, int, int], dtype: torch
 
 @torch.no_grad()
 @pytest.mark.parametrize('threads', [1, 2, 3])
-@pytest.mark.parametrize('batch', [1, 2, 13])
-def test_any_number_of_threads(batch: int, threads: int) -> None:
-    model = network('bottleneck_a')
+@pytest.mark.parametrize(('structure', 'batch'), [('bottleneck_a', 1), ('bottleneck_a', 13), ('convnext', 2)])
+def test_any_number_of_threads(structure: str, batch: int, threads: int) -> None:
+    """Where torch runs operations in between, native code is called several times for a batch."""
+    model = network(structure)
     with_gates(model, random_gates(model, batch, 0.4))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -256,7 +337,9 @@ def test_records_have_the_size_that_native_code_reads() -> None:
 
 def test_packed_weights_lie_as_native_code_reads_them() -> None:
     conv = random_conv(18, 70, torch.float32)
-    packed = PackedWeight(Convolve(['a'], 'b', conv=conv), of_images=False).blocks.view(2, 9, 18, 64)
+    packed = PackedWeight(Convolve(['a'], 'b', conv=conv)).blocks
+    assert packed is not None
+    packed = packed.view(2, 9, 18, 64)
     for output in (0, 63, 64, 69):
         expected = conv.weight[output].flatten(1).t()
         assert torch.equal(packed[output // 64, :, :, output % 64], expected)
@@ -281,3 +364,50 @@ def test_schedules_do_not_pile_up() -> None:
     for size in range(32, 52):
         sparse(images(1, size))
     assert len(sparse.executor.native()._schedules) == program.MAX_SCHEDULES
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('flags', ['-mno-avx512f', '-march=x86-64'])
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='names features of x86-64')
+def test_processors_without_avx512(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX2, and plain vectors, which is what Arm compiles."""
+    monkeypatch.setattr(build, 'FLAGS', (*build.FLAGS, flags))
+    monkeypatch.setattr(build, '_found', functools.cache(build._found.__wrapped__))
+    assert not build.missing()
+    for structure in ('cifar', 'bottleneck_a'):
+        model = network(structure)
+        assert_exact(with_gates(model, random_gates(model, 3, 0.4)), images(3, 40))
+    conv, gates = random_conv(34, 75, torch.bfloat16), [gates_of(2, 75, 0.4, 1)]
+    after = random_conv(75, 40, torch.bfloat16)
+    x = torch.randn(2, 34, 6, 7).bfloat16()
+    operations = [Convolve(['x'], 'a', 0, conv=conv, activation='relu'), Convolve(['a'], 'b', conv=after)]
+    a = (
+        np.maximum(convolution(x.double().numpy(), *arrays(conv), conv), 0)
+        * gates[0].double().numpy()[:, :, None, None]
+    )
+    b = convolution(torch.from_numpy(a).bfloat16().double().numpy(), *arrays(after), after)
+    assert close(run(operations, x, gates, 'b'), b, torch.bfloat16)
+
+
+@torch.no_grad()
+def test_kernels_too_wide_run_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, 'MAX_INPUTS', 100)
+    model = network('cifar')
+    sparse: Any = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 1, 0.4)))
+    assert_exact(model, images(1), sparse)
+    assert sparse.executor._program is None
+
+
+@torch.no_grad()
+def test_weights_of_all_experts_are_made_when_all_are_kept() -> None:
+    """Else they would take the memory of the network twice."""
+    model = network('cifar')
+    gates = random_gates(model, 1, 0.4)
+    sparse: Any = deepmoe_plugin.sparsify(with_gates(model, gates))
+    assert_exact(model, images(1), sparse)
+    gated = [weight for weight in sparse.executor.native().weights.values() if weight.rows is not None]
+    assert len(gated) == len(gates)
+    assert all(weight.blocks is None for weight in gated)
+    gates[1][:] = 1
+    assert_exact(model, images(1), sparse)
+    assert sum(weight.blocks is not None for weight in gated) == 1

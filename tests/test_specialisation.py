@@ -192,7 +192,7 @@ def test_losses_on_the_latent_mixture(structure: str, similarity_of: str) -> Non
 def test_losses_change_nothing_where_they_are_not_asked_for() -> None:
     model = small('cifar')
     names = ClassificationTask(model, nn.CrossEntropyLoss())(images(), torch.tensor([0, 1])).keys()
-    assert names == {'loss', 'output', 'loss_gate', 'kept_experts', 'dynamic_experts'}
+    assert names == {'loss', 'output', 'loss_gate', 'kept_experts', 'dynamic_experts', 'gate_entropy', 'use_entropy'}
 
 
 @pytest.mark.parametrize(

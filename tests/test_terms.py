@@ -144,7 +144,12 @@ def test_frozen_gating_reports_what_it_keeps_and_holds_little() -> None:
         model(batch(seed))
     assert len(model.passes.take()) == 8
     output = model(batch(0))
-    assert gating_terms(model, loss=output.sum()).keys() == {'kept_experts', 'dynamic_experts'}
+    assert gating_terms(model, loss=output.sum()).keys() == {
+        'kept_experts',
+        'dynamic_experts',
+        'gate_entropy',
+        'use_entropy',
+    }
 
 
 def test_nothing_in_eval_mode_and_without_gradients() -> None:

@@ -29,7 +29,7 @@ import deepmoe_plugin
 from deepmoe_plugin import timm_hook
 
 LAMBDA, MU = 0.7, 0.3
-NAMES = ('loss_gate', 'loss_embed', 'kept_experts', 'dynamic_experts')
+NAMES = ('loss_gate', 'loss_embed', 'kept_experts', 'dynamic_experts', 'gate_entropy', 'use_entropy')
 Grads = dict[str, Tensor]
 
 
@@ -350,7 +350,7 @@ def test_terms_are_appended_to_the_progress_lines(caplog: pytest.LogCaptureFixtu
     mean = {
         name: (results[0][name] + results[1][name]).item() / 2 for name in results[0] if name not in ('loss', 'output')
     }
-    assert mean.keys() == {'loss_gate', 'loss_embed', 'kept_experts', 'dynamic_experts'}
+    assert mean.keys() == {'loss_gate', 'loss_embed', 'kept_experts', 'dynamic_experts', 'gate_entropy', 'use_entropy'}
     assert [record.getMessage() for record in caplog.records] == [
         'Train: 0 [   0/10]  Loss: 2.3',
         'Test: [   0/10]  Loss: 2.3',
@@ -400,7 +400,14 @@ def test_one_line_for_a_hand_written_loop(wrapped: bool) -> None:
     criterion = deepmoe_plugin.DeepMoELoss(called, nn.CrossEntropyLoss())
     assert not list(criterion.parameters())
     assert_same(gradients_of(criterion(called(x), y), model), expected)
-    assert criterion.terms.keys() == {'loss_gate', 'loss_embed', 'kept_experts', 'dynamic_experts'}
+    assert criterion.terms.keys() == {
+        'loss_gate',
+        'loss_embed',
+        'kept_experts',
+        'dynamic_experts',
+        'gate_entropy',
+        'use_entropy',
+    }
     first, second = called(x), called(images(4, seed=2))
     criterion(second, y)
     assert_same(gradients_of(criterion(first, y), model), expected)

@@ -155,7 +155,8 @@ def stage1(folder: Path) -> Run:
 
 def test_loss_is_j_and_the_log_shows_its_terms(folder: Path, stage1: Run) -> None:
     assert all(
-        entry.keys() == {'Loss', 'loss_gate', 'loss_embed', 'kept_experts', 'dynamic_experts'}
+        entry.keys()
+        == {'Loss', 'loss_gate', 'loss_embed', 'kept_experts', 'dynamic_experts', 'gate_entropy', 'use_entropy'}
         for entry in stage1.terms()
     )
     assert len(stage1.terms()) == 2 * 12
@@ -202,7 +203,10 @@ def test_stage2_changes_no_gating_tensor(folder: Path, stage1: Run, ema: bool) -
     assert not any(
         torch.equal(after[name], before[name]) for name in base if name.endswith(('conv1.weight', '.running_mean'))
     )
-    assert all(entry.keys() == {'Loss', 'kept_experts', 'dynamic_experts'} for entry in stage2.terms())
+    assert all(
+        entry.keys() == {'Loss', 'kept_experts', 'dynamic_experts', 'gate_entropy', 'use_entropy'}
+        for entry in stage2.terms()
+    )
 
 
 def test_shipped_configs_run(folder: Path) -> None:

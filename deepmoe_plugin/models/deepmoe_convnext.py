@@ -36,13 +36,30 @@ class GatedResponseNorm(GlobalResponseNorm):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Normalise gated units, channels last or not as timm's, with their gates (B, C)."""
-        gate = given(gate)
-        gate = spread(gate, channels_last=self.channel_dim == -1)
         norms = x.norm(p=2, dim=self.spatial_dim, keepdim=True)
-        mean = norms.mean(self.channel_dim, keepdim=True) / gate.mean(self.channel_dim, keepdim=True).clamp_min(1e-6)
-        response = (norms / (mean + self.eps)).to(x.dtype)
-        bias = self.bias.view(self.wb_shape) * gate.to(x.dtype)
-        return x + torch.addcmul(bias, self.weight.view(self.wb_shape), x * response)
+        is_last = self.channel_dim == -1
+        return response_norm(x, norms, given(gate), self.weight, self.bias, len(self.weight), self.eps, is_last)
+
+
+def response_norm(
+    x: Tensor, norms: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, width: int, eps: float, channels_last: bool
+) -> Tensor:
+    """GRN of gated units, all or those that are kept: the others are zero and add nothing to the mean.
+
+    Args:
+        x: K units, (B, H, W, K) with `channels_last`, or (B, K, H, W).
+        norms: their Euclidean norms over all positions, with dimensions of length 1 there.
+        gate: their gates, (B, K).
+        weight, bias: (K,), or (B, K) where images have units of their own.
+        width: number of all units.
+    """
+    channels = -1 if channels_last else 1
+    weight, bias = (spread(part.expand(len(gate), -1), channels_last) for part in (weight, bias))
+    gate = spread(gate, channels_last)
+    mean_gate = (gate.sum(channels, keepdim=True) / width).clamp_min(1e-6)
+    mean = norms.sum(channels, keepdim=True) / width / mean_gate
+    response = (norms / (mean + eps)).to(x.dtype)
+    return x + torch.addcmul(bias * gate.to(x.dtype), weight, x * response)
 
 
 class GatedMlp(Mlp):

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).with_name('program.cpp')
+SOURCES = Path(__file__).with_name('native')
 FLAGS = ('-std=c++17', '-O2', '-march=native', '-ffp-contract=fast', '-fPIC', '-shared')
 CHECKED = 'DEEPMOE_CHECKED'
 """Environment variable: where set, every address is compared with the memory that it must lie in, and the process ends
@@ -65,7 +65,8 @@ def _found() -> tuple[Any, str]:
 def _built(command: str, flags: tuple[str, ...]) -> Path:
     """The library, from the cache folder or built anew; written aside first, as other processes may build it too."""
     # A home folder may be shared by different machines.
-    facts = [SOURCE.read_text(), command, *flags, platform.machine(), *features()]
+    facts = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in ('.cpp', '.h')]
+    facts += [command, *flags, platform.machine(), *features()]
     facts.append(subprocess.run([command, '--version'], capture_output=True, text=True, check=True).stdout)
     name = hashlib.sha256('\n'.join(facts).encode()).hexdigest()[:24]
     path = cache_folder() / f'program-{name}.so'
@@ -73,7 +74,12 @@ def _built(command: str, flags: tuple[str, ...]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder) / path.name
-            subprocess.run([command, *flags, str(SOURCE), '-o', str(part)], capture_output=True, text=True, check=True)
+            subprocess.run(
+                [command, *flags, str(SOURCES / 'program.cpp'), '-o', str(part)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             part.replace(path)
     return path
 

@@ -18,8 +18,9 @@ from . import program
 from .conv import WeightCache
 from .fold import eval_view, fingerprint
 from .interpret import Interpreter
+from .operations import Trace
 from .plan import LIMIT
-from .trace import Trace, trace
+from .trace import trace
 
 SMALL_WORK = 8e6
 """Products of a convolution, for each image and thread, below which a batch takes less time masked where torch runs the
@@ -54,6 +55,7 @@ class Executor:
     def __init__(self, view: Any, found: Trace, settings: Settings, cache: WeightCache) -> None:
         self.view, self.trace, self.settings, self.cache = view, found, settings, cache
         self.widths = expert_widths(view, view.expert_layers)
+        self._fits = program.fits(found)
         self._lock = threading.Lock()
         self._program: program.Program | None = None
         self._interpreter: Interpreter | None = None
@@ -64,7 +66,7 @@ class Executor:
 
     def run_gated(self, x: Tensor, gates: Sequence[Tensor], wanted: Sequence[str]) -> list[Tensor]:
         """The same with given gates, each (B, C_l)."""
-        if program.available(x) and x.dtype == next(self.view.parameters()).dtype:
+        if self._fits and program.available(x) and x.dtype == next(self.view.parameters()).dtype:
             return self.native().run(x, gates, wanted)
         return self.by_torch().run(x, gates, wanted)
 

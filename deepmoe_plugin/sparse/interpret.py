@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.deepmoe_convnext import response_norm
 from . import ragged
 from .conv import GatherConv, WeightCache
+from .operations import Call, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 from .parts import Cut, Part, Widen, cut
 from .plan import LIMIT, Group, Kept, Plan, Segment
 from .ragged import RaggedKept
-from .trace import Call, Convolve, Operation, Pool, Scale, Trace
 
 
 class Interpreter:
@@ -121,6 +122,18 @@ class Interpreter:
                 result = F.gelu(result)
                 return result if gate is None else _scaled(result, kept_out, gate)
             return result
+        if isinstance(op, Depthwise):
+            result = inputs[0] if op.conv is None else op.conv(inputs[0])
+            if op.norm is None:
+                return result
+            norm = op.norm
+            result = F.layer_norm(result.permute(0, 2, 3, 1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+            return result.permute(0, 3, 1, 2)
+        if isinstance(op, Norms):
+            return _without_unused(inputs[0], kept_in).norm(p=2, dim=(2, 3), keepdim=True)
+        if isinstance(op, Respond):
+            assert gate is not None
+            return _responded(op.norm, *inputs, kept_in, gate)
         if isinstance(op, Pool):
             kernel, padding, stride, dilation = op.window
             pooled = F.max_pool2d(inputs[0], kernel, stride, padding, dilation)
@@ -166,6 +179,26 @@ def _scaled(x: Tensor, kept: Kept | RaggedKept | None, gate: Tensor) -> Tensor:
     if isinstance(kept, Kept):
         gate = gate.index_select(1, kept.index)
     return x * gate.to(x.dtype)[:, :, None, None]
+
+
+def _without_unused(x: Tensor, kept: Kept | RaggedKept | None) -> Tensor:
+    """Zeros in slots that hold no expert of an image."""
+    if not isinstance(kept, RaggedKept):
+        return x
+    unused = torch.arange(kept.num_slots, device=x.device) >= kept.counts[:, None]
+    return x.masked_fill(unused.reshape(*unused.shape, *[1] * (x.ndim - 2)), 0)
+
+
+def _responded(norm: Any, x: Tensor, norms: Tensor, kept: Kept | RaggedKept | None, gate: Tensor) -> Tensor:
+    """GRN of kept channels."""
+    weight, bias = norm.weight.detach(), norm.bias.detach()
+    if isinstance(kept, RaggedKept):
+        gate = _without_unused(gate, kept)
+        weight, bias = (part[kept.experts.long()] for part in (weight, bias))
+    elif isinstance(kept, Kept):
+        gate = gate.index_select(1, kept.index)
+        weight, bias = weight[kept.index], bias[kept.index]
+    return response_norm(x, norms, gate, weight, bias, len(norm.weight), norm.eps, channels_last=False)
 
 
 def _widened(x: Tensor, kept: Kept | RaggedKept | None, width: int) -> Tensor:

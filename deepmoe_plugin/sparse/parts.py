@@ -1,10 +1,12 @@
 """A trace cut into parts that groups of images run through without meeting each other."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .fold import geometry_of
+from .operations import Call, Convolve, Depthwise, Operation, Pool, Trace
 from .plan import Reader, Segment
-from .trace import Call, Convolve, Operation, Pool, Trace
 
 
 class Widen(Operation):
@@ -136,5 +138,7 @@ def _segment(part: Sequence[Operation], layers: dict[str, int | None], widths: S
             )
         elif isinstance(op, Pool):
             scale /= op.window[2][0] * op.window[2][1]
+        elif isinstance(op, Depthwise) and op.conv is not None:
+            scale /= math.prod(geometry_of(op.conv).stride)
         scales[op.output] = scale
     return Segment(first, widths[first:stop], readers)

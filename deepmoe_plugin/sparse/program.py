@@ -23,33 +23,33 @@ from torch import Tensor
 from ..experts import num_outputs
 from . import build
 from .conv import out_size
-from .fold import Geometry
+from .fold import geometry_of
 from .memory import Workspace, buffer
+from .operations import Call, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
 from .parts import Part, cut, reads_of
 from .plan import LIMIT, partition
-from .trace import Call, Convolve, Operation, Pool, Scale, Trace
 
 BLOCK = 64
-"""Outputs whose weights lie together, as in program.cpp."""
+"""Outputs whose weights lie together, as in native code."""
+LANES = 16
+"""Channels in a vector, as in native code."""
 SLACK = 64
 """Bytes behind every value, which a product may read but does not use."""
-SPAN = 16
-"""Channels below which kernel positions side by side are read as one: of images, for one."""
 MAX_INPUTS = 2**14
-"""Inputs of a convolution, at most: program.cpp has as many zeros to read beyond the border of an image."""
+"""Inputs of a row of a kernel, at most: native code has as many zeros to read beyond the border of an image."""
 MAX_SCHEDULES = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
-CONVOLVE, POOL, LOAD, WIDEN, SCALE = range(5)
+CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE, NORMS, RESPOND = range(8)
 ACTIVATIONS = ('', 'relu', 'gelu')
-VALUES = np.dtype([(name, np.int64) for name in ('data', 'image_bytes', 'height', 'width', 'channels', 'layer')])
+VALUES = np.dtype([(name, np.int64) for name in ('data', 'image_bytes', 'height', 'width', 'channels', 'layer', 'pad')])
 OPERATIONS = np.dtype(
     [
         (name, np.int64)
         for name in (
             *('kind', 'input', 'output', 'residual', 'kernel_height', 'kernel_width', 'pad_height', 'pad_width'),
-            *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'span', 'activation'),
-            *('weight', 'bias', 'weight_bytes', 'rows', 'rows_bytes'),
+            *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'image_channels', 'activation'),
+            *('bias', 'weight', 'weight_bytes', 'rows', 'rows_bytes'),
         )
     ]
 )
@@ -57,17 +57,17 @@ PARTS = np.dtype([(name, np.int64) for name in ('first', 'last', 'num_groups', '
 GROUPS = np.dtype(
     [(name, np.int64) for name in ('first', 'count', 'first_layer', 'num_layers', 'masks', 'lists', 'lists_bytes')]
 )
-KEPT_BYTES, MOVE_BYTES = 32, 12
+KEPT_BYTES, MOVE_BYTES = 32, 16
 
 _rooms = Workspace()
 
 
 class _Header(ctypes.Structure):
-    """`Program` of program.cpp."""
+    """`Program` of native code."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ('values', 'operations', 'parts', 'num_parts', 'groups', 'num_groups')),
-        *((name, ctypes.c_int64) for name in ('images', 'layer_starts', 'num_layers', 'gates', 'source')),
+        *((name, ctypes.c_int64) for name in ('images', 'batch', 'layer_starts', 'num_layers', 'gates', 'source')),
         ('source_strides', ctypes.c_int64 * 4),
         *((name, ctypes.c_int64) for name in ('rooms', 'room_bytes', 'pack_bytes')),
         *((name, ctypes.c_int64) for name in ('num_threads', 'is_bfloat16', 'thread_number', 'thread_count')),
@@ -89,62 +89,93 @@ def available(x: Tensor) -> bool:
     )
 
 
+def fits(trace: Trace) -> bool:
+    """Whether a native program can run these operations."""
+    widths = [op.conv.weight.shape[1] * op.geometry.kernel[1] for op in trace.operations if isinstance(op, Convolve)]
+    return max(widths, default=0) <= MAX_INPUTS
+
+
 class PackedWeight:
     """A convolution's weight with its norm folded in, as native code reads it.
 
     Attributes:
+        rows: of gated outputs: (output, kernel position, input), inputs filled up to a multiple of the pair that two
+            are in bfloat16. Of closed outputs nothing is read.
         blocks: (output / BLOCK, kernel position, input, BLOCK), zeros behind the last output; in bfloat16, two
-            neighbouring inputs lie side by side for each output.
+            neighbouring inputs lie side by side for each output. Of gated outputs, None until all are kept: see `fill`.
         bias: (outputs,), float32.
-        rows: the same as (output, kernel position, input), of convolutions whose outputs are selected and whose inputs
-            are not: of closed outputs nothing is read then.
-        span: kernel positions that are read as one, whose inputs then follow each other.
+        block_bytes: what `blocks` takes.
     """
 
-    def __init__(self, operation: Convolve, of_images: bool = False, selects_outputs: bool = False) -> None:
+    def __init__(self, operation: Convolve) -> None:
         weight, bias = operation.folded()
-        outputs, inputs, height, width = weight.shape
-        pair = 4 // weight.element_size()
-        spans = of_images and operation.geometry.dilation[1] == 1 and inputs < SPAN
-        self.span = width if spans else 1
-        self.of_images = of_images
-        if spans:
-            inputs = _round_up(inputs, pair)
-            full = weight.new_zeros(outputs, inputs, height, width)
-            full[:, : weight.shape[1]] = weight
-            weight = full.permute(0, 3, 1, 2).reshape(outputs, width * inputs, height, 1)
-            inputs, width = width * inputs, 1
-        taps, blocks = height * width, -(-outputs // BLOCK)
-        padded = _round_up(inputs, pair)
-        self.blocks = buffer(blocks * taps * padded * BLOCK, weight.dtype)
-        target = self.blocks.view(blocks, taps, padded // pair, BLOCK, pair)
-        for block in range(blocks):
-            part = weight[block * BLOCK : (block + 1) * BLOCK].flatten(2)  # (outputs, inputs, positions)
-            if padded > inputs:
-                part = torch.nn.functional.pad(part, (0, 0, 0, padded - inputs))
-            part = part.view(len(part), padded // pair, pair, taps).permute(3, 1, 0, 2)
-            target[block, :, :, : part.shape[2]] = part
+        self.pair = 4 // weight.element_size()
+        outputs, inputs, *kernel = weight.shape
+        self.shape = outputs, math.prod(kernel), _round_up(inputs, self.pair)
+        self.block_bytes = _round_up(outputs, BLOCK) * self.shape[1] * self.shape[2] * weight.element_size()
         self.bias = bias.float().contiguous()
-        self.rows = None
-        if selects_outputs:
-            self.rows = buffer(outputs * taps * padded, weight.dtype)
-            ordered = weight.flatten(2).transpose(1, 2)
-            self.rows.view(outputs, taps, padded).copy_(torch.nn.functional.pad(ordered, (0, padded - inputs)))
+        # Vectors of inputs may reach beyond the last row.
+        self.rows: Tensor | None = buffer(math.prod(self.shape) + SLACK, weight.dtype)
+        self.rows[: math.prod(self.shape)].view(self.shape)[:, :, :inputs] = weight.flatten(2).transpose(1, 2)
+        self.blocks: Tensor | None = None
+        self._lock = threading.Lock()
+        if operation.layer is None:
+            self.fill()
+            self.rows = None
+
+    def fill(self) -> None:
+        """Make `blocks`."""
+        with self._lock:
+            if self.blocks is not None:
+                return
+            assert self.rows is not None
+            outputs, taps, inputs = self.shape
+            blocks = buffer(self.block_bytes // self.rows.element_size(), self.rows.dtype)
+            target = blocks.view(-1, taps, inputs // self.pair, BLOCK, self.pair)
+            rows = self.rows[: math.prod(self.shape)].view(outputs, taps, inputs // self.pair, self.pair)
+            for block, part in enumerate(rows.split(BLOCK)):
+                target[block, :, :, : len(part)] = part.permute(1, 2, 0, 3)
+            self.blocks = blocks
+
+
+class ChannelWeight:
+    """A depthwise convolution and a norm over channels, as native code reads them: float32, channels in whole vectors.
+
+    Attributes:
+        taps: (kernel position, channel); None: only a norm.
+        bias: (channel,).
+        norm: (3, channel), the weights, the biases and, first in the last row, epsilon; None: only a convolution.
+    """
+
+    def __init__(self, operation: Depthwise) -> None:
+        conv, norm = operation.conv, operation.norm
+        self.taps, self.bias, self.norm = None, None, None
+        if conv is not None:
+            self.taps = _in_vectors(conv.weight.detach().flatten(1).t())
+            self.bias = _in_vectors((conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias)[None])
+        if norm is not None:
+            self.norm = _in_vectors(_with_epsilon(norm))
+
+
+def _with_epsilon(norm: Any) -> Tensor:
+    """Weights, biases and epsilon of a norm, (3, channels), float32."""
+    ones = torch.ones(getattr(norm, 'normalized_shape', None) or norm.weight.shape)
+    rows = (ones if norm.weight is None else norm.weight, 0 * ones if norm.bias is None else norm.bias)
+    return torch.stack([*(row.detach().float() for row in rows), norm.eps * ones])
+
+
+def _in_vectors(rows: Tensor) -> Tensor:
+    """Rows of channels (R, C) with zeros up to the end of the last vector."""
+    channels = rows.shape[1]
+    return torch.nn.functional.pad(rows.detach().float(), (0, _round_up(channels, LANES) - channels)).contiguous()
 
 
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
-@dataclasses.dataclass
 class Load(Operation):
-    """The images as native code reads them, with zeros around them.
-
-    Attributes:
-        pad: zeros on each side, (vertical, horizontal).
-    """
-
-    pad: tuple[int, int] = (0, 0)
+    """The images as native code reads them."""
 
 
 class Shape(NamedTuple):
@@ -170,15 +201,10 @@ class Program:
         self.set_limits([LIMIT] * len(self.widths))
         self.library = build.library()
         convolutions = [op for op in trace.operations if isinstance(op, Convolve)]
-        layers = {op.output: op.layer for op in trace.operations}
-        self.weights = {
-            op.output: PackedWeight(
-                op,
-                of_images=op.inputs == [trace.image],
-                selects_outputs=op.layer is not None and layers.get(op.inputs[0]) is None,
-            )
-            for op in convolutions
-        }
+        self.weights = {op.output: PackedWeight(op) for op in convolutions}
+        operations = trace.operations
+        self.channel_weights = {op.output: ChannelWeight(op) for op in operations if isinstance(op, Depthwise)}
+        self.response_weights = {op.output: _with_epsilon(op.norm) for op in operations if isinstance(op, Respond)}
         self._schedules: OrderedDict[tuple[object, ...], Schedule] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -211,6 +237,7 @@ class Schedule:
         self.image = program.trace.image
         self.shapes = {self.image: Shape(*x.shape[1:])}
         self.layers: dict[str, int | None] = {self.image: None}
+        self.pads: dict[str, int] = {}  # pixels of zeros around the rows of a value
         found = cut(program.trace, program.widths.tolist(), wanted)
         self.wanted, self.separate = found.wanted, found.separate
         self.steps: list[list[Part] | Call] = []  # parts that one native call runs, or a call of torch
@@ -222,6 +249,10 @@ class Schedule:
         self.operations = np.array([tuple(row.values()) for row in rows], dtype=OPERATIONS)
         self._place()
         self.groups = self._alone() if self.batch == 1 else None
+        # Convolutions, and their gated layers, whose weights for all experts are still missing.
+        layers = self.table['layer'][self.operations['output']]
+        convolves = (self.operations['kind'] == CONVOLVE) & (self.operations['weight'] == 0)
+        self.unfilled = {int(number): int(layers[number]) for number in np.flatnonzero(convolves)}
 
     # ---------------------------------------------------------------------------------- operations and shapes
 
@@ -247,10 +278,12 @@ class Schedule:
                     self._note(op, Shape(*op.function(self._zeros(op.inputs[0])).shape[1:]))
                     self.steps.append(op)
                     continue
-                pad = op.geometry.padding if isinstance(op, Convolve) else (0, 0)
-                op = dataclasses.replace(op, inputs=[self._load(pad) if n == self.image else n for n in op.inputs])
+                op = dataclasses.replace(op, inputs=[self._load() if n == self.image else n for n in op.inputs])
                 if isinstance(op, Convolve) and op.residual == self.image:
-                    op.residual = self._load((0, 0))
+                    op.residual = self._load()
+                if isinstance(op, Convolve | Depthwise) and op.conv is not None:
+                    pad = geometry_of(op.conv).padding[1]
+                    self.pads[op.inputs[0]] = max(self.pads.get(op.inputs[0], 0), pad)
                 self._note(op, self._shape(op))
                 operations.append(op)
             self._append(Part(operations, step.segment))
@@ -268,29 +301,27 @@ class Schedule:
         self.layers[op.output] = op.layer
         self.shapes[op.output] = shape
 
-    def _load(self, pad: tuple[int, int]) -> str:
-        """The images with these zeros around them."""
-        name = f'{self.image}_{pad[0]}_{pad[1]}'
+    def _load(self) -> str:
+        """The images as native code reads them."""
+        name = f'{self.image}_loaded'
         if name not in self.shapes:
-            channels, height, width = self.shapes[self.image]
-            op = Load([], name, pad=pad)
-            self._note(op, Shape(channels, height + 2 * pad[0], width + 2 * pad[1]))
+            op = Load([], name)
+            self._note(op, self.shapes[self.image])
             self._append(Part([op], None))
         return name
 
     def _shape(self, op: Operation) -> Shape:
         channels, height, width = self.shapes[op.inputs[0]]
         if isinstance(op, Convolve):
-            size = out_size((height, width), *self._geometry(op))
+            size = out_size((height, width), *op.geometry)
             return Shape(num_outputs(op.conv), *size)
+        if isinstance(op, Norms):
+            return Shape(channels, 1, 1)
+        if isinstance(op, Depthwise) and op.conv is not None:
+            return Shape(channels, *out_size((height, width), *geometry_of(op.conv)))
         if isinstance(op, Pool):
             return Shape(channels + op.extra_channels, *out_size((height, width), *op.window))
         return Shape(channels, height, width)
-
-    def _geometry(self, op: Convolve) -> Geometry:
-        """How a kernel moves; images come with their zeros around them."""
-        of_images = self.program.weights[op.output].of_images
-        return op.geometry._replace(padding=(0, 0)) if of_images else op.geometry
 
     def _zeros(self, name: str) -> Tensor:
         return torch.zeros(1, *self.shapes[name], dtype=self.dtype)
@@ -306,19 +337,32 @@ class Schedule:
         row['input'] = self.numbers[op.inputs[0]] if op.inputs else -1
         if isinstance(op, Convolve):
             weight = self.program.weights[op.output]
-            row.update(kind=CONVOLVE, **_geometry(*self._geometry(op)))
-            row.update(span=weight.span, activation=ACTIVATIONS.index(op.activation), weight_bytes=weight.blocks.nbytes)
-            row.update(weight=weight.blocks.data_ptr(), bias=weight.bias.data_ptr())
+            row.update(kind=CONVOLVE, **_geometry(*op.geometry))
+            row.update(activation=ACTIVATIONS.index(op.activation), bias=weight.bias.data_ptr())
+            if weight.blocks is not None:
+                row.update(weight=weight.blocks.data_ptr(), weight_bytes=weight.blocks.nbytes)
             if weight.rows is not None:
                 row.update(rows=weight.rows.data_ptr(), rows_bytes=weight.rows.nbytes)
-            if weight.span > 1:
-                row['kernel_width'] = 1
             if op.residual:
                 row['residual'] = self.numbers[op.residual]
+        elif isinstance(op, Norms):
+            row['kind'] = NORMS
+        elif isinstance(op, Respond):
+            rows = self.program.response_weights[op.output]
+            row.update(kind=RESPOND, residual=self.numbers[op.inputs[1]])
+            row.update(weight=rows.data_ptr(), weight_bytes=rows.nbytes)
+        elif isinstance(op, Depthwise):
+            own = self.program.channel_weights[op.output]
+            row.update(kind=DEPTHWISE)
+            if own.taps is not None and own.bias is not None:
+                row.update(**_geometry(*geometry_of(op.conv)), bias=own.bias.data_ptr())
+                row.update(weight=own.taps.data_ptr(), weight_bytes=own.taps.nbytes)
+            if own.norm is not None:
+                row.update(rows=own.norm.data_ptr(), rows_bytes=own.norm.nbytes)
         elif isinstance(op, Pool):
             row.update(kind=POOL, **_geometry(*op.window))
         elif isinstance(op, Load):
-            row.update(kind=LOAD, pad_height=op.pad[0], pad_width=op.pad[1], span=self.shapes[self.image].channels)
+            row.update(kind=LOAD, image_channels=self.shapes[self.image].channels)
         else:
             row['kind'] = SCALE if isinstance(op, Scale) else WIDEN
         return row
@@ -344,8 +388,9 @@ class Schedule:
         for i, name in enumerate(self.values):
             channels, height, width = self.shapes[name]
             layer = self.layers[name]
-            image_bytes = height * width * _round_up(channels, self.pair) * size
-            table[i] = (0, image_bytes, height, width, channels, -1 if layer is None else layer)
+            pad = self.pads.get(name, 0)
+            image_bytes = (pad + height * (width + pad)) * _round_up(channels, self.pair) * size
+            table[i] = (0, image_bytes, height, width, channels, -1 if layer is None else layer, pad)
             if i in self.outside:
                 continue
             begin, end = times[name]
@@ -360,10 +405,9 @@ class Schedule:
         self.inside = np.array([i not in self.outside for i in range(len(self.values))])
         self.arena_bytes = max((high for *_, high in taken), default=0)
         gathered = [
-            int(row['weight_bytes'])
+            self.program.weights[self.values[row['output']]].block_bytes
             for row in self.operations
-            if row['kind'] == CONVOLVE
-            and (table['layer'][row['output']] >= 0 or (self.pair > 1 and table['layer'][row['input']] >= 0))
+            if row['kind'] == CONVOLVE and max(table['layer'][row['output']], table['layer'][row['input']]) >= 0
         ]
         self.pack_bytes = _round_up(max(gathered, default=0) + SLACK, 4096)
 
@@ -390,6 +434,20 @@ class Schedule:
             chosen.append(partition(part.segment, masks, entry.height * entry.width))
         return Groups(self, chosen, kept)
 
+    def _fill_weights(self, masks: np.ndarray) -> None:
+        """Make the weights of layers of which a group keeps all experts, where they are still missing."""
+        if not self.unfilled:
+            return
+        starts = self.program.layer_starts
+        full = np.logical_and.reduceat(masks, starts[:-1], axis=1).any(0)
+        for number in [number for number, layer in list(self.unfilled.items()) if full[layer]]:
+            weight = self.program.weights[self.values[self.operations[number]['output']]]
+            weight.fill()
+            assert weight.blocks is not None
+            self.operations['weight_bytes'][number] = weight.blocks.nbytes
+            self.operations['weight'][number] = weight.blocks.data_ptr()
+            self.unfilled.pop(number, None)
+
     # ---------------------------------------------------------------------------------------------------- run
 
     def run(self, x: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
@@ -406,6 +464,7 @@ class Schedule:
                 counts = np.where(many, program.widths, counts)
         groups = self.groups or self._choose_groups(kept)
         masks = groups.masks(kept)
+        self._fill_weights(masks)
         threads = torch.get_num_threads()
         rooms_bytes = max(2, threads) * self.pack_bytes
         memory = _rooms.take(64 + self.arena_bytes + rooms_bytes + groups.lists_bytes)
@@ -426,6 +485,7 @@ class Schedule:
             groups=table.ctypes.data,
             num_groups=len(table),
             images=groups.images.ctypes.data,
+            batch=self.batch,
             layer_starts=program.layer_starts.ctypes.data,
             num_layers=len(program.widths),
             gates=packed.data_ptr(),
@@ -446,22 +506,31 @@ class Schedule:
             header.num_parts = len(step)
             first += len(step)
             _run(program.library, header)
-        return [found[name] for name in self.wanted]
+        return [self._given(name, found[name]) for name in self.wanted]
+
+    def _given(self, name: str, value: Tensor) -> Tensor:
+        """A value for the caller, without what lies around its rows."""
+        return value.contiguous(memory_format=torch.channels_last) if self.pads.get(name) else value
 
     def _allocate(self, name: str, row: Any) -> Tensor:
-        channels, height, width = self.shapes[name]
-        memory = torch.empty(self.batch, height, width, _round_up(channels, self.pair), dtype=self.dtype)
+        # Zeros: rows may have some around them, and pixels behind the last channel, that torch does not write.
+        memory = torch.zeros(self.batch * int(row['image_bytes']), dtype=torch.uint8)
         row['data'] = memory.data_ptr()
-        return memory.permute(0, 3, 1, 2)[:, :channels]
+        return self._tensor(name, memory)
 
     def _view(self, name: str, memory: Tensor, start: int) -> Tensor:
         """A value in planned memory as a tensor."""
+        row = self.table[self.numbers[name]]
+        offset = start - memory.data_ptr() + int(row['data'])
+        return self._tensor(name, memory[offset : offset + self.batch * int(row['image_bytes'])])
+
+    def _tensor(self, name: str, memory: Tensor) -> Tensor:
+        """A value as a tensor (B, C, H, W) that leaves out the zeros around the rows."""
         channels, height, width = self.shapes[name]
-        pitch = _round_up(channels, self.pair)
-        offset = start - memory.data_ptr() + int(self.table['data'][self.numbers[name]])
-        count = self.batch * height * width * pitch
-        flat = memory[offset : offset + count * self.dtype.itemsize].view(self.dtype)
-        return flat.view(self.batch, height, width, pitch).permute(0, 3, 1, 2)[:, :channels]
+        pitch, pad = _round_up(channels, self.pair), self.pads.get(name, 0)
+        flat = memory.view(self.dtype)
+        strides = (len(flat) // self.batch, 1, (width + pad) * pitch, pitch)
+        return flat.as_strided((self.batch, channels, height, width), strides, flat.storage_offset() + pad * pitch)
 
     def _call(
         self,
@@ -493,17 +562,18 @@ class Schedule:
     def _call_each(self, op: Call, source: Tensor, target: Tensor, counts: np.ndarray) -> None:
         """The same image by image, on kept channels only."""
         for image, count in enumerate(counts[:, op.layer].tolist()):
-            given, written = (_compact(value, image, count, self.pair) for value in (source, target))
-            written.zero_()
+            given = self._compact(op.inputs[0], source, image, count)
+            written = self._compact(op.output, target, image, count, clear=True)
             written[:, :count] = op.function(given[:, :count])
 
-
-def _compact(value: Tensor, image: int, count: int, pair: int) -> Tensor:
-    """The memory of one image of a value (B, C, H, W), filled with so many channels, (1, C', H, W)."""
-    _, _, height, width = value.shape
-    pitch = _round_up(count, pair)
-    strides = (1, 1, width * pitch, pitch)
-    return value.as_strided((1, pitch, height, width), strides, value.storage_offset() + image * value.stride(0))
+    def _compact(self, name: str, value: Tensor, image: int, count: int, clear: bool = False) -> Tensor:
+        """The memory of one image of a value (B, C, H, W), filled with so many channels, (1, C', H, W)."""
+        _, _, height, width = value.shape
+        pad, pitch = self.pads.get(name, 0), _round_up(count, self.pair)
+        start = value.storage_offset() - pad * value.stride(3) + image * value.stride(0)
+        if clear:
+            value.as_strided(((pad + height * (width + pad)) * pitch,), (1,), start).zero_()
+        return value.as_strided((1, pitch, height, width), (1, 1, (width + pad) * pitch, pitch), start + pad * pitch)
 
 
 class Groups:
@@ -571,6 +641,7 @@ class Groups:
 
 def _run(library: Any, header: _Header) -> None:
     """Run the native program on torch's threads."""
+    header.tickets = (ctypes.c_int64 * 4)()  # the call before has left its own
     openmp = build.openmp()
     header.thread_number = build.address_of(openmp.omp_get_thread_num)
     header.thread_count = build.address_of(openmp.omp_get_num_threads)

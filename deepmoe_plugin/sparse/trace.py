@@ -7,16 +7,29 @@ it. What has no operation of its own stays a `Call` and runs as it is.
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from timm.layers import GELU, BlurPool2d, DropBlock2d, DropPath
+from timm.layers import GELU, BlurPool2d, DropBlock2d, DropPath, LayerNorm, LayerNorm2d
 from torch import Tensor, fx, nn
 
 from ..activation import GatedActivation
+from ..models.deepmoe_convnext import GatedResponseNorm
 from ..plain import BATCH_NORMS, is_plain
-from .fold import Geometry, eval_view, fold_norm, geometry_of
+from .fold import eval_view, fold_norm
+from .operations import (
+    Attribute,
+    Call,
+    ChannelsLast,
+    Convolve,
+    Depthwise,
+    Norms,
+    Operation,
+    Pool,
+    Respond,
+    Scale,
+    Trace,
+)
 
 TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 """Permutations to (B, H, W, C), and back."""
@@ -26,168 +39,6 @@ ELEMENTWISE = (nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.Hardswish, n
 """What maps every number by itself."""
 CHANNELWISE = (nn.AvgPool2d, nn.MaxPool2d, BlurPool2d)
 """What maps every channel by itself, and zeros to zeros."""
-
-
-@dataclasses.dataclass
-class Operation:
-    """One operation; values are known by the names of the nodes in the trace.
-
-    Attributes:
-        inputs: the values that it reads.
-        output: the value that it writes.
-        layer: the gated layer whose kept channels the output holds; None: all channels.
-    """
-
-    modules: ClassVar[tuple[str, ...]] = ()
-    """Fields that hold modules of the network."""
-
-    inputs: list[str]
-    output: str
-    layer: int | None = None
-
-
-@dataclasses.dataclass
-class Convolve(Operation):
-    """`activation(norm(conv(x)) * factors + residual) * gate`, each but the convolution only if there is one.
-
-    With a gate but no activation, the gate is left to a `Scale` that follows.
-
-    Attributes:
-        conv: convolution, or linear layer, which is a 1x1 convolution of channels-last maps.
-        norm: batch norm.
-        factors: returns one for each output, as layer scale has them.
-        activation: '', 'relu' or 'gelu'.
-    """
-
-    modules = ('conv', 'norm', 'factors')
-
-    conv: Any = None
-    norm: nn.Module | None = None
-    factors: Callable[[], Tensor] | None = None
-    residual: str | None = None
-    activation: str = ''
-
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight (O, I, kh, kw) and bias (O,), norm and factors folded in."""
-        return fold_norm(self.conv, self.norm, None if self.factors is None else self.factors())
-
-    @property
-    def geometry(self) -> Geometry:
-        """How the kernel moves."""
-        return geometry_of(self.conv)
-
-
-@dataclasses.dataclass
-class Pool(Operation):
-    """The largest value under a kernel; channels behind those of the input are zero.
-
-    Attributes:
-        window: kernel, padding, stride and dilation, each (vertical, horizontal).
-        extra_channels: how many more than the input the output has.
-    """
-
-    window: tuple[tuple[int, int], ...] = ()
-    extra_channels: int = 0
-
-
-@dataclasses.dataclass
-class Scale(Operation):
-    """Kept channels times their gates."""
-
-
-@dataclasses.dataclass
-class Call(Operation):
-    """Anything else, by torch.
-
-    Attributes:
-        function: what is called.
-        arguments: its positional arguments and keywords, nodes in them standing for their values.
-        each: called for the kept channels of each image rather than for all channels of all images.
-    """
-
-    modules = ('function',)
-
-    function: Callable[..., Any] = operator.pos
-    arguments: tuple[Any, Any] = ((), {})
-    each: bool = False
-
-    def run(self, trace: 'Trace', values: dict[str, Any], gates: Sequence[Tensor]) -> Any:
-        """What it returns for these values of its inputs, and gates of all layers."""
-
-        def value(node: fx.Node) -> Any:
-            if node.name in trace.gates:
-                return gates[trace.gates[node.name]]
-            name = trace.names[node]
-            wide = f'{name}_widened'
-            return values[wide if wide in self.inputs else name]
-
-        args, kwargs = fx.map_arg(self.arguments, value)
-        return self.function(*args, **kwargs)
-
-    def reading(self, inputs: list[str]) -> 'Call':
-        """The same on other values."""
-        return dataclasses.replace(self, inputs=inputs)
-
-
-@dataclasses.dataclass
-class Trace:
-    """The operations of a network, in order.
-
-    Attributes:
-        operations: as they run.
-        image: the value that holds the images.
-        result: the value of `forward_features`.
-        taps: module name to the value that is there when the module has run, of those that `feature_info` names.
-        names: the value of each node.
-        gates: node to the gated layer whose gates it stands for.
-        view: of the network, whose modules the operations hold.
-    """
-
-    operations: list[Operation]
-    image: str
-    result: str
-    taps: dict[str, str]
-    names: dict[fx.Node, str]
-    gates: dict[str, int]
-    view: Any
-
-    def on(self, view: Any) -> 'Trace':
-        """The same trace on another view of the network."""
-        paths = {module: path for path, module in self.view.named_modules()}
-
-        def moved(part: Any) -> Any:
-            if isinstance(part, _Attribute):
-                return _Attribute(view, part.name)
-            if isinstance(part, _ChannelsLast):
-                return _ChannelsLast(moved(part.function))
-            return view.get_submodule(paths[part]) if isinstance(part, nn.Module) else part
-
-        operations = [
-            dataclasses.replace(op, **{name: moved(getattr(op, name)) for name in op.modules}) for op in self.operations
-        ]
-        return dataclasses.replace(self, operations=operations, view=view)
-
-
-@dataclasses.dataclass
-class _Attribute:
-    """Reads a tensor of a network."""
-
-    view: Any
-    name: str
-
-    def __call__(self) -> Any:
-        return operator.attrgetter(self.name)(self.view)
-
-
-@dataclasses.dataclass
-class _ChannelsLast:
-    """Calls a function that takes and gives maps (B, H, W, C) on maps (B, C, H, W)."""
-
-    function: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(a.permute(0, 2, 3, 1) if isinstance(a, Tensor) and a.ndim == 4 else a for a in args)
-        return self.function(*args, **kwargs).permute(0, 3, 1, 2)
 
 
 class _Gates(nn.Module):
@@ -320,8 +171,14 @@ class _Lowering:
             self._alias(node, first, conv)
         elif _is_convolution(module):
             self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
+        elif _is_depthwise(module) and self.layers.get(self._value(first)) is None:
+            self._emit(Depthwise([self._value(first)], node.name, conv=module))
+        elif _is_layer_norm(module, LayerNorm2d):
+            self._layer_norm(node, module, first)
         elif module is not None and conv is not None and conv.norm is None and _is_norm(module, conv):
             self._extend(node, conv, norm=module)
+        elif is_plain(module, GatedResponseNorm):
+            self._response_norm(node, module, first)
         elif is_plain(module, GatedActivation):
             assert isinstance(module, GatedActivation)
             self._gate(node, module, conv)
@@ -345,10 +202,14 @@ class _Lowering:
         """An operation on (B, H, W, C)."""
         if is_plain(module, *NOTHING):
             self._alias(node, first, conv)
+        elif is_plain(module, GatedResponseNorm):
+            self._response_norm(node, module, first)
         elif is_plain(module, nn.Linear):
             self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
         elif is_plain(module, GatedActivation):
             self._gate(node, module, conv)
+        elif _is_layer_norm(module, LayerNorm, nn.LayerNorm):
+            self._layer_norm(node, module, first)
         elif isinstance(module, nn.LayerNorm) or node.target in self.late_norms:
             self._call(node, module)
         else:  # a true permutation
@@ -359,7 +220,7 @@ class _Lowering:
             return self._lower(node)
         self.channels_last.add(node)
 
-    def _factors(self, node: fx.Node) -> '_Attribute | None':
+    def _factors(self, node: fx.Node) -> 'Attribute | None':
         """The tensor of the network that a node multiplies channels by: `x.mul(tensor.reshape(1, -1, 1, 1))`."""
         if node.op != 'call_method' or node.target != 'mul' or len(node.args) != 2:
             return None
@@ -369,7 +230,7 @@ class _Lowering:
         tensor, *shape = spread.args
         if shape != [1, -1, 1, 1] or not isinstance(tensor, fx.Node) or tensor.op != 'get_attr':
             return None
-        return _Attribute(self.view, str(tensor.target))
+        return Attribute(self.view, str(tensor.target))
 
     def _gate(self, node: fx.Node, module: GatedActivation, conv: Convolve | None) -> None:
         gate: Any = node.args[1]
@@ -388,6 +249,29 @@ class _Lowering:
             self._emit(Scale([active], node.name, layer))
         else:
             self._call(node, module)
+
+    def _layer_norm(self, node: fx.Node, module: nn.Module, first: fx.Node) -> None:
+        """A norm over channels, which a depthwise convolution before it takes up."""
+        value = self._value(first)
+        if self.layers.get(value) is not None:
+            return self._call(node, module)
+        known = [other for other, name in self.names.items() if name == value]
+        alone = all(len(other.users) == 1 and other not in self.tapped for other in known)
+        last = self.operations[-1] if self.operations else None
+        if alone and isinstance(last, Depthwise) and last.output == value and last.norm is None:
+            self.operations.pop()
+            return self._emit(dataclasses.replace(last, output=node.name, norm=module))
+        self._emit(Depthwise([value], node.name, norm=module))
+
+    def _response_norm(self, node: fx.Node, module: Any, first: fx.Node) -> None:
+        """GRN of gated channels: closed ones are zero before and behind it, and add nothing to its mean."""
+        gate: Any = node.args[1]
+        layer, value = self.gates[gate.name], self._value(first)
+        if self.layers.get(value) != layer:
+            return self._call(node, module)
+        norms = f'{node.name}_norms'
+        self._emit(Norms([value], norms, layer))
+        self._emit(Respond([value, norms], node.name, layer, norm=module))
 
     def _add(self, node: fx.Node) -> None:
         operands = node.args
@@ -408,9 +292,9 @@ class _Lowering:
             function = lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)  # noqa: E731
         elif node.op == 'get_attr':
             attribute = str(node.target)
-            function = _Attribute(self.view, attribute)
+            function = Attribute(self.view, attribute)
         if any(part in self.channels_last for part in node.all_input_nodes):
-            function = _ChannelsLast(function)
+            function = ChannelsLast(function)
         inputs = [self._value(part) for part in node.all_input_nodes if part.name not in self.gates]
         if getattr(getattr(module, 'act', module), 'inplace', False):  # who reads what it overwrites reads it before
             for name in [name for name, conv in self.pending.items() if {*conv.inputs, conv.residual} & {*inputs}]:
@@ -435,6 +319,21 @@ def _is_convolution(module: Any) -> bool:
         and module.padding_mode == 'zeros'
         and not isinstance(module.padding, str)
     )
+
+
+def _is_depthwise(module: Any) -> bool:
+    """Whether a module is a convolution with one filter for each channel that has an operation of its own."""
+    return (
+        is_plain(module, nn.Conv2d)
+        and module.groups == module.in_channels == module.out_channels > 1
+        and module.padding_mode == 'zeros'
+        and not isinstance(module.padding, str)
+    )
+
+
+def _is_layer_norm(module: Any, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is a norm over channels that has an operation of its own."""
+    return is_plain(module, *kinds) and len(module.normalized_shape) == 1
 
 
 def _is_norm(module: Any, conv: Convolve) -> bool:

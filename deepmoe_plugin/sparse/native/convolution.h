@@ -1,0 +1,387 @@
+// A convolution for one group of images: its weights are gathered, then tiles of pixels and outputs are computed.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "kept.h"
+#include "numbers.h"
+
+template <class Number>
+struct Convolution {
+    const Program& program;
+    const Operation& op;
+    const Value &input, &output;
+    const Group& group;
+    const Kept *reads, *writes;      // null: all
+    char* pack;
+    const Value* residual;
+    int64_t taps, in_units, out_count, in_pitch, out_pitch, pixels, runs, blocks, weight_rows;
+    bool gathers, picks, by_rows;
+    bool whole_rows;                 // kernel positions side by side are one run, of weights and of inputs
+
+    Convolution(const Program& program, const Operation& op, int64_t group_number, char* pack, int64_t team_size)
+        : program(program), op(op), input(program.values[op.input]), output(program.values[op.output]),
+          group(program.groups[group_number]), pack(pack) {
+        const Kepts kepts(program, group);
+        reads = kepts.of(input);
+        writes = kepts.of(output);
+        residual = op.residual < 0 ? nullptr : &program.values[op.residual];
+        const int64_t in_count = reads ? reads->count : input.channels;
+        out_count = writes ? writes->count : output.channels;
+        taps = op.kernel_height * op.kernel_width;
+        in_pitch = round_up(in_count, Number::PAIR) * Number::SIZE;
+        out_pitch = round_up(out_count, Number::PAIR) * Number::SIZE;
+        in_units = ceil_divide(in_count, Number::PAIR);
+        weight_rows = ceil_divide(input.channels, Number::PAIR);
+        pixels = output.height * output.width;
+        blocks = ceil_divide(out_count, BLOCK);
+        runs = runs_for(team_size);
+        const bool some_in = reads && reads->count < input.channels;
+        const bool pays = Number::PAIR > 1 || group.count * pixels >= MANY_PIXELS;
+        by_rows = writes && writes->count < output.channels;
+        gathers = by_rows || (some_in && pays);
+        CHECK(by_rows ? op.rows : op.weight);
+        picks = some_in && !gathers;
+        whole_rows = !picks && op.dilation_width == 1;
+        CHECK(op.kernel_width * in_units * 4 <= (int64_t)sizeof(zeros));
+        CHECK(op.pad_width <= input.pad);
+    }
+
+    // Few enough pixels at a time that all threads have about the same to do.
+    int64_t runs_for(int64_t team_size) const {
+        const int64_t all = group.count * pixels, least = ceil_divide(all, RUN);
+        if (team_size == 1 || !blocks || least * blocks >= 8 * team_size) return least;
+        const int64_t most = std::max(least, all / SHORT_RUN);
+        return std::min(most, round_up(std::max(least, ceil_divide(2 * team_size, blocks)), team_size));
+    }
+
+    // ------------------------------------------------------------------------------------------- gather
+
+    // All kernel positions are one row of inputs where no input is left out.
+    bool squeezes() const { return reads && reads->count < input.channels; }
+    int64_t parts() const { return ceil_divide(by_rows ? taps * in_units : in_units, GATHERED); }
+    int64_t pack_items() const {
+        if (!gathers) return 0;
+        return by_rows ? ceil_divide(out_count, LANES) * (squeezes() ? taps : parts()) : blocks * taps * parts();
+    }
+
+    // Write the weights of kept inputs and outputs: of some outputs, kernel positions and inputs.
+    void gather(int64_t item) const {
+        if (by_rows && squeezes()) return squeeze(item / taps * LANES, item % taps);
+        const int64_t part = item % parts(), turn = item / parts(), first = part * GATHERED;
+        if (by_rows) return transpose(turn * LANES, first, std::min(first + GATHERED, taps * in_units));
+        select(turn / taps, turn % taps, first, std::min(first + GATHERED, in_units));
+    }
+
+    typedef const char* Rows[LANES];
+
+    // The rows of a vector of kept outputs, from some unit on; null behind the last.
+    void find_rows(int64_t output_number, int64_t unit, Rows& rows) const {
+        for (int64_t lane = 0; lane < LANES; ++lane) {
+            const int64_t number = output_number + lane;
+            rows[lane] = number < out_count ? op.rows + (writes->index[number] * taps * weight_rows + unit) * 4 : nullptr;
+            CHECK(rows[lane] <= op.rows + op.rows_bytes);
+        }
+    }
+
+    uint32_t* packed(int64_t output_number, int64_t unit, [[maybe_unused]] int64_t count) const {
+        const int64_t place = (output_number / BLOCK * taps * in_units + unit) * BLOCK + output_number % BLOCK;
+        CHECK(place >= 0 && (place + (count - 1) * BLOCK + LANES) * 4 <= program.pack_bytes);
+        return (uint32_t*)pack + place;
+    }
+
+    // Of a vector of kept outputs, whose rows are all that is read; they come out as columns.
+    void transpose(int64_t output_number, int64_t first, int64_t last) const {
+        Rows rows;
+        find_rows(output_number, first, rows);
+        uint32_t* target = packed(output_number, first, last - first);
+        const int64_t whole = (last - first) / LANES * LANES;
+        for (int64_t k = 0; k < whole; k += LANES) {
+            for (int lane = 0; lane < LANES; ++lane) __builtin_prefetch(rows[lane] + (k + AHEAD * LANES) * 4, 0, 2);
+            write_columns(rows, k, LANES, target);
+        }
+        for (int64_t k = whole; k < last - first; ++k)
+            for (int lane = 0; lane < LANES; ++lane)
+                target[k * BLOCK + lane] = rows[lane] ? ((const uint32_t*)rows[lane])[k] : 0;
+    }
+
+    // The same of one kernel position, closed inputs squeezed out.
+    void squeeze(int64_t output_number, int64_t tap) const {
+        alignas(64) typename Number::Channel squeezed[LANES][SQUEEZED + 2 * LANES];
+        Rows rows, columns;
+        find_rows(output_number, tap * weight_rows, rows);
+        for (int lane = 0; lane < LANES; ++lane) columns[lane] = rows[lane] ? (const char*)squeezed[lane] : nullptr;
+        int64_t start = 0;  // the kept input that `squeezed` begins with
+        for (int64_t m = 0, last = 0; m < reads->num_moves; m = last) {
+            int64_t end = start;
+            for (; last < reads->num_moves; ++last) {
+                const int64_t then = reads->moves[last].target + reads->moves[last].count;
+                if (then - start > SQUEEZED) break;
+                end = then;
+            }
+            for (int lane = 0; lane < LANES && rows[lane]; ++lane)
+                for (int64_t n = m; n < last; ++n) {
+                    const Move& move = reads->moves[n];
+                    const char* source = rows[lane] + move.source * LANES * Number::SIZE;
+                    CHECK(source + LANES * Number::SIZE <= op.rows + op.rows_bytes);
+                    __builtin_prefetch(source + AHEAD * LANES * Number::SIZE, 0, 2);
+                    Number::squeeze(source, move.bits, squeezed[lane] + (move.target - start));
+                }
+            const bool odd = (end - start) % Number::PAIR, ends = last == reads->num_moves;
+            for (int lane = 0; lane < LANES && odd && ends; ++lane) squeezed[lane][end - start] = 0;
+            const int64_t count = (end - start) / Number::PAIR + (odd && ends);
+            uint32_t* target = packed(output_number, tap * in_units + start / Number::PAIR, count);
+            for (int64_t k = 0; k < count; k += LANES) write_columns(columns, k, std::min(LANES, count - k), target);
+            start += count * Number::PAIR;
+            for (int lane = 0; lane < LANES && odd && !ends; ++lane) squeezed[lane][0] = squeezed[lane][count * Number::PAIR];
+        }
+    }
+
+    // Sixteen units of sixteen rows as columns, of which `count` are written. Four times, vectors that are half of all
+    // apart are zipped: rows then have become columns.
+    static void write_columns(const Rows& rows, int64_t k, int64_t count, uint32_t* target) {
+        Units units[LANES], mixed[LANES];
+#pragma GCC unroll 16
+        for (int lane = 0; lane < LANES; ++lane) units[lane] = rows[lane] ? *(const Units*)(rows[lane] + k * 4) : Units{};
+#pragma GCC unroll 4
+        for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
+            for (int i = 0; i < LANES / 2; ++i) {
+                const Units a = units[i], b = units[i + LANES / 2];
+                mixed[2 * i] = __builtin_shuffle(a, b, Units{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+                mixed[2 * i + 1] = __builtin_shuffle(a, b, Units{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) units[i] = mixed[i];
+        }
+        if (count == LANES) {
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; ++i) *(Units*)(target + (k + i) * BLOCK) = units[i];
+        } else {
+            for (int i = 0; i < count; ++i) *(Units*)(target + (k + i) * BLOCK) = units[i];
+        }
+    }
+
+    // Of one block of outputs, all kept: rows of closed inputs are left out.
+    void select(int64_t block, int64_t tap, int64_t first, int64_t last) const {
+        const char* source = op.weight + (block * taps + tap) * weight_rows * BLOCK * 4;
+        const int64_t bytes = round_up(std::min(BLOCK, out_count - block * BLOCK), LANES) * 4;
+        uint32_t* target = packed(block * BLOCK, tap * in_units, last);
+        const auto row = [&](int64_t number) {
+            const char* found = source + reads->index[number] / Number::PAIR * BLOCK * 4;
+            CHECK(found >= op.weight && found + bytes <= op.weight + op.weight_bytes);
+            return found;
+        };
+        for (int64_t k = first; k < last; ++k) {
+            const int64_t later = std::min((k + AHEAD) * Number::PAIR, reads->count - 1), a = k * Number::PAIR;
+            const char *from = row(a), *ahead = row(later);
+            const char* other = Number::PAIR > 1 && a + 1 < reads->count ? row(a + 1) : nullptr;
+            for (int64_t place = 0; place < bytes; place += 64) {
+                __builtin_prefetch(ahead + place, 0, 2);
+                Units units = *(const Units*)(from + place);
+                if (Number::PAIR > 1) {
+                    units = reads->index[a] % 2 ? units >> 16 : units & 0xffffu;
+                    if (other) {
+                        const Units second = *(const Units*)(other + place);
+                        units |= reads->index[a + 1] % 2 ? second & 0xffff0000u : second << 16;
+                    }
+                }
+                *(Units*)((char*)(target + k * BLOCK) + place) = units;
+            }
+        }
+    }
+
+    // --------------------------------------------------------------------------------------- convolution
+
+    int64_t run_items() const { return runs * blocks; }
+
+    // Compute one block of outputs of a few pixels, those of all images counted through.
+    void run(int64_t item) const {
+        // Block by block, so that weights stay in the cache; or if inputs are larger, as many pixels at a time as stay
+        // there with their inputs; or if all weights stay there, all blocks of some pixels, which lie together.
+        int64_t together = runs;
+        const int64_t in_bytes = group.count * input.height * input.width * in_pitch;
+        const int64_t weight_bytes = blocks * BLOCK * taps * in_units * 4;
+        if (in_bytes > weight_bytes) together = std::max<int64_t>(1, CACHED * runs / in_bytes);
+        if (weight_bytes <= CACHED) together = 1;
+        const int64_t first = item / (blocks * together) * together;
+        const int64_t members = std::min(together, runs - first);
+        const int64_t block = (item - first * blocks) / members;
+        const int64_t run = first + (item - first * blocks) % members;
+        const int64_t all = group.count * pixels, begin = all * run / runs, end = all * (run + 1) / runs;
+        const int64_t first_image = begin / pixels;
+        const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
+        const int64_t vectors = ceil_divide(count, LANES);
+
+        alignas(64) float bias[BLOCK] = {}, gates[RUN + 1][BLOCK];
+        for (int64_t k = 0; k < count; ++k)
+            bias[k] = op.bias[writes ? writes->index[block * BLOCK + k] : block * BLOCK + k];
+        for (int64_t i = first_image; writes && i <= (end - 1) / pixels; ++i) {
+            const float* all = program.gates + program.images[group.first + i] * program.layer_starts[program.num_layers] +
+                               program.layer_starts[output.layer];
+            float* gate = gates[i - first_image];
+            for (int64_t k = 0; k < count; ++k) gate[k] = all[writes->index[block * BLOCK + k]];
+            std::fill(gate + count, gate + BLOCK, 0.0f);
+        }
+        const char* weight = (gathers ? pack : op.weight) + block * taps * (gathers ? in_units : weight_rows) * BLOCK * 4;
+        for (int64_t v = 0; v < vectors; v += MAX_VECTORS) {
+            const int64_t now = std::min<int64_t>(MAX_VECTORS, vectors - v);
+            const int64_t tiles = ceil_divide(end - begin, MAX_PIXELS[now]);
+            for (int64_t t = 0; t < tiles; ++t) {
+                const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
+                const int64_t channel = block * BLOCK + v * LANES;
+                dispatch<MAX_VECTORS, 1>(now, to - from, from, first_image, weight + v * LANES * 4, bias + v * LANES,
+                                         &gates[0][v * LANES], channel, std::min(out_count - channel, now * LANES));
+            }
+        }
+        clear_pads(begin, end, block);
+    }
+
+    template <int V, int P, class... Args>
+    void dispatch(int64_t vectors, int64_t count, Args... args) const {
+        if constexpr (V > 1) {
+            if (vectors < V) return dispatch<V - 1, 1>(vectors, count, args...);
+        }
+        if constexpr (P < MAX_PIXELS[V]) {
+            if (count > P) return dispatch<V, P + 1>(vectors, count, args...);
+        }
+        if (whole_rows) return tile<V, P, true>(args...);
+        tile<V, P, false>(args...);
+    }
+
+    struct Pixel {
+        int64_t top;          // input row of the first kernel position
+        const char* base;     // its pixel there
+        char* target;
+        const char* added;
+        const float* gate;
+    };
+
+    // P pixels by V vectors of outputs: sums stay in registers until they are written.
+    template <int V, int P, bool WHOLE_ROWS>
+    __attribute__((noinline)) void tile(int64_t from, int64_t first_image, const char* weight, const float* bias,
+                                        const float* gates, int64_t channel, int64_t count) const {
+        Pixel tile_pixels[P];
+        locate(tile_pixels, P, from, first_image, gates, channel);
+        for (int p = 0; p < P; ++p)  // what the end of the tile needs comes while products are made
+            for (int64_t place = 0; place < count * Number::SIZE; place += 64) {
+                __builtin_prefetch(tile_pixels[p].target + place, 1);
+                if (residual) __builtin_prefetch(tile_pixels[p].added + place);
+            }
+        Vector sums[P][V];
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sums[p][v] = Vector{};
+        const int64_t row_bytes = (input.width + input.pad) * in_pitch * op.dilation_height;
+        const int64_t tap_bytes = (gathers ? in_units : weight_rows) * BLOCK * 4;
+        for (int64_t down = 0; down < op.kernel_height; ++down, weight += tap_bytes * op.kernel_width) {
+            bool inside[P], any = false;
+            for (int p = 0; p < P; ++p) {
+                inside[p] = (uint64_t)(tile_pixels[p].top + down * op.dilation_height) < (uint64_t)input.height;
+                any |= inside[p];
+            }
+            if (!any) continue;
+            for (int64_t across = 0; across < (WHOLE_ROWS ? 1 : op.kernel_width); ++across) {
+                const int64_t units = WHOLE_ROWS ? op.kernel_width * in_units : in_units;
+                const int64_t shift = down * row_bytes + across * op.dilation_width * in_pitch;
+                const uint32_t* x[P];
+#pragma GCC unroll 8
+                for (int p = 0; p < P; ++p) {
+                    x[p] = (const uint32_t*)(inside[p] ? tile_pixels[p].base + shift : zeros);
+                    CHECK(!inside[p] || (const char*)x[p] >= input.data);
+                    CHECK(!inside[p] || (const char*)(x[p] + units) <= input.data + program.batch * input.image_bytes);
+                }
+                const char* row = weight + across * tap_bytes;
+                if (!WHOLE_ROWS && picks)
+                    add_products<V, P, true>(sums, x, row, units);
+                else
+                    add_products<V, P, false>(sums, x, row, units);
+            }
+        }
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) finish<V>(sums[p], bias, tile_pixels[p], count);
+    }
+
+    // Products of `units` neighbouring inputs of each pixel, whose weights lie in rows of a block, with some left out or not.
+    template <int V, int P, bool PICKS>
+    __attribute__((always_inline)) void add_products(Vector (&sums)[P][V], const uint32_t* const (&x)[P],
+                                                     const char* weight, int64_t units) const {
+        const int32_t* index = PICKS ? reads->index : nullptr;
+        for (int64_t k = 0; k < units; ++k) {
+            const char* row = weight + (PICKS ? index[k] : k) * BLOCK * 4;
+            CHECK(gathers || (row >= op.weight && row + V * LANES * 4 <= op.weight + op.weight_bytes));
+            CHECK(!gathers || (row >= pack && row + V * LANES * 4 <= pack + program.pack_bytes));
+            if (PICKS) {  // no processor guesses which rows come next
+                const char* later = weight + index[std::min(k + AHEAD, units - 1)] * BLOCK * 4;
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) __builtin_prefetch(later + v * LANES * 4);
+            }
+            Units w[V];
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) w[v] = *(const Units*)(row + v * LANES * 4);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p) {
+                const uint32_t value = x[p][k];
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) sums[p][v] = Number::add_product(sums[p][v], value, w[v]);
+            }
+        }
+    }
+
+    // Where the pixels of a tile read and write.
+    void locate(Pixel* found, int count, int64_t from, int64_t first_image, const float* gates, int64_t channel) const {
+        int64_t turn = from / pixels, pixel = from - turn * pixels;
+        int64_t row = pixel / output.width, column = pixel - row * output.width;
+        for (int p = 0; p < count; ++p) {
+            const int64_t image = program.images[group.first + turn];
+            const int64_t top = row * op.stride_height - op.pad_height, left = column * op.stride_width - op.pad_width;
+            found[p].top = top;
+            found[p].base = input.data + image * input.image_bytes + input.pixel(top, left) * in_pitch;
+            found[p].target = at(output, image, row, column, channel);
+            found[p].added = residual ? at(*residual, image, row, column, channel) : nullptr;
+            found[p].gate = gates + (turn - first_image) * BLOCK;
+            if (++column < output.width) continue;
+            column = 0;
+            if (++row < output.height) continue;
+            row = 0;
+            ++turn;
+        }
+    }
+
+    char* at(const Value& value, int64_t image, int64_t row, int64_t column, int64_t channel) const {
+        return value.data + image * value.image_bytes + value.pixel(row, column) * out_pitch + channel * Number::SIZE;
+    }
+
+    // Zeros around the rows that end among these pixels, and before the first row of an image; of one block.
+    void clear_pads(int64_t begin, int64_t end, int64_t block) const {
+        const int64_t bytes = std::min(BLOCK * Number::SIZE, out_pitch - block * BLOCK * Number::SIZE);
+        for (int64_t i = begin / output.width; output.pad && i < end / output.width; ++i) {
+            const int64_t image = program.images[group.first + i / output.height], row = i % output.height;
+            for (int64_t p = 0; p < output.pad; ++p) {
+                std::memset(at(output, image, row, output.width + p, block * BLOCK), 0, bytes);
+                if (row == 0) std::memset(at(output, image, 0, p - output.pad, block * BLOCK), 0, bytes);
+            }
+        }
+    }
+
+    // Bias, residual sum, activation, gate.
+    template <int V>
+    __attribute__((always_inline)) void finish(const Vector (&sums)[V], const float* bias, const Pixel& pixel,
+                                               int64_t count) const {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            Vector value = sums[v] + *(const Vector*)(bias + v * LANES);
+            const int64_t lanes = std::min(LANES, count - v * LANES);
+            const int64_t place = v * LANES * Number::SIZE;
+            char* target = pixel.target + place;
+            const char* added = pixel.added + place;
+            if (residual) value += read_some<Number>(added, lanes);
+            value = activated(value, op.activation);
+            if (writes && op.activation) value *= *(const Vector*)(pixel.gate + v * LANES);
+            write_some<Number>(target, value, lanes);
+            if (Number::PAIR > 1 && lanes % 2) Number::write(target + lanes * Number::SIZE, 0.0f);
+        }
+    }
+};
