@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import DropBlock2d, DropPath
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
@@ -15,10 +14,9 @@ from .experts import expert_widths
 from .models.deepmoe_convnext import GatedConvNeXtBlock, GatedMlp, GatedResponseNorm, GatedResponseNormMlp
 from .models.deepmoe_resnet import GatedBasicBlock, GatedBottleneck
 from .models.deepmoe_vgg import GatedFeatures
-from .plain import BATCH_NORMS, REMEDY, is_plain, oddity
+from .plain import BATCH_NORMS, IDLE, REMEDY, is_plain, oddity
 
-_IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d, DropPath)  # in evaluation mode
-_POOLS = (*_IDLE, nn.MaxPool2d, nn.AvgPool2d)
+_POOLS = (*IDLE, nn.MaxPool2d, nn.AvgPool2d)
 NOT_BY_CHANNEL = 'does not treat each channel by itself'
 
 
@@ -65,7 +63,7 @@ def _found(network: Any) -> Iterator[tuple[str, str]]:
             yield f'{name}.mlp', oddity(block.mlp, GatedMlp, GatedResponseNormMlp)
             for child, module in block.mlp.named_children():
                 if child != 'act':
-                    yield f'{name}.mlp.{child}', oddity(module, nn.Conv2d, nn.Linear, GatedResponseNorm, *_IDLE)
+                    yield f'{name}.mlp.{child}', oddity(module, nn.Conv2d, nn.Linear, GatedResponseNorm, *IDLE)
 
 
 def _odd_in_block(name: str, module: nn.Module) -> str:
@@ -74,7 +72,7 @@ def _odd_in_block(name: str, module: nn.Module) -> str:
     if name.startswith('bn') and isinstance(module, BATCH_NORMS):  # callers refuse other norms
         return oddity(module, *BATCH_NORMS)
     if name in ('drop_block', 'drop_path'):
-        return oddity(module, *_IDLE)
+        return oddity(module, *IDLE)
     if name == 'aa' and getattr(module, 'channels', None) is None:  # others are refused where they run
         return _odd_by_channel(module, 8)
     return ''

@@ -35,7 +35,7 @@ def gating_loss(
         `gate_entropy` of each image's and `use_entropy` of their mean.
 
     Raises:
-        ValueError: `L_e` needs a target and a criterion; or see `check_target`.
+        ValueError: `L_e` needs a target and a criterion; or see `MacsTable.check_target`.
     """
     terms: Terms = {}
     if not gating.frozen:
@@ -56,7 +56,7 @@ def gating_loss(
     terms['dynamic_experts'] = dynamic_experts(kept)
     if gating.budget is not None and not gating.frozen:
         if gating.budget_on_macs:
-            check_target(gating.budget.target, table())
+            table().check_target(gating.budget.target)
         cost = table().spent if gating.budget_on_macs else fraction_kept
         gating.budget.step(gating.gates, record.preact.detach(), cost)
     return terms
@@ -69,19 +69,6 @@ def _norm(gating: GatingNetwork, gates: Tensor, table: Table) -> Tensor:
     if gating.gate_norm == 'mean':
         return gates.mean()
     return (gates * table().expert_costs(gates.device)).sum(1).mean()
-
-
-def check_target(target: float, table: MacsTable) -> None:
-    """Check that a target of MACs can be reached.
-
-    Raises:
-        ValueError: it is below what the layers without gates cost.
-    """
-    if target <= table.floor:
-        raise ValueError(
-            f'A budget of {target} of the dense MACs (target_macs) cannot be reached: the layers without gates alone '
-            f'cost {table.floor:.3f} of the dense MACs. Choose a larger target.'
-        )
 
 
 class DeepMoELoss(nn.Module):

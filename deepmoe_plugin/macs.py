@@ -209,6 +209,18 @@ class MacsTable:
         """Fraction of the dense MACs that the layers without gates cost."""
         return self.spent(torch.zeros(1, sum(self.widths), dtype=torch.bool)).item()
 
+    def check_target(self, target: float) -> None:
+        """Check that a fraction of the dense MACs can be reached.
+
+        Raises:
+            ValueError: it is below what the layers without gates cost.
+        """
+        if target <= self.floor:
+            raise ValueError(
+                f'A budget of {target} of the dense MACs (target_macs) cannot be reached: the layers without gates '
+                f'alone cost {self.floor:.3f} of the dense MACs. Choose a larger target.'
+            )
+
     def expert_costs(self, device: torch.device = torch.device('cpu')) -> Tensor:  # noqa: B008 (never changed)
         """Share of each expert in the dense MACs of all expert layers, shape (N,), summing to one.
 

@@ -1,6 +1,6 @@
 """What networks that mix experts with softmax gates share: their terms of the loss and of the log, and their checks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Mixture(TermSource):
         self._passes = Passes()
 
     def look(self, x: Tensor) -> MixtureRecord:
-        """What the network does with images (B, in_chans, H, W), in the mode that it is in."""
+        """What the network does with images (B, in_chans, H, W), in the mode that it is in; without gradient."""
         raise NotImplementedError
 
     @property
@@ -65,11 +65,11 @@ class Mixture(TermSource):
         """Whether a forward pass would leave terms."""
         return self.training and self.has_gates
 
-    def leave(self, gates: list[Tensor], predicted: Tensor, images: Tensor, output: Tensor) -> Tensor:
+    def leave(self, output: Tensor, record: Callable[[], MixtureRecord], images: Tensor) -> Tensor:
         """Leave the record of a training pass; returns `output`, to be used in its place."""
         if not self.expects_terms or not self.passes.wanted(images):
             return output
-        return self.passes.leave(MixtureRecord(gates, predicted, images), output)
+        return self.passes.leave(record(), output)
 
     def terms(self, record: MixtureRecord, target: Any, criterion: Criterion | None) -> Terms:
         """Losses on the gates, weighted, and what the log shows of them, in bits.

@@ -11,7 +11,7 @@ from .checkpoints import adapt_checkpoint
 from .experts import GatedNetwork, deepmoe_networks, expert_widths, find_deepmoe
 from .gating import GatingConfig, GatingNetwork, GatingRecord
 from .gating.watch import GateWatch
-from .losses import check_target, gating_loss
+from .losses import gating_loss
 from .macs import MacsTable
 from .terms import Criterion, Passes, Terms, TermSource
 
@@ -159,7 +159,7 @@ class DeepMoE(GatedNetwork, TermSource):
 
     def check_target(self, target: float) -> None:
         """Raise ValueError for a fraction of the dense MACs below what the layers without gates cost."""
-        check_target(target, self._macs())
+        self._macs().check_target(target)
 
     def spent(self, kept: Tensor) -> Tensor:
         """Fraction of the dense MACs that each image costs, of the experts that it keeps."""

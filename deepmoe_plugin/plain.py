@@ -4,6 +4,7 @@ Sparse execution, pruning and widening read the weights of modules instead of ca
 whatever else a user has put there: subclasses, parametrisations, adapters, hooks.
 """
 
+from timm.layers import DropBlock2d, DropPath
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,6 +12,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 # Also what mmengine makes of SyncBatchNorm on one device: a batch norm that only checks its input less.
 BATCH_NORMS = (nn.SyncBatchNorm, _BatchNorm, FrozenBatchNorm2d)
+# They do nothing in evaluation mode.
+IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d, DropPath)
 REMEDY = 'merge it into a plain one, or remove it'
 
 _CALLED = ('__call__', 'forward', '_conv_forward')

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, cast
 
 import timm
 import torch
-from timm.layers import DropBlock2d, DropPath
 from timm.models import get_model_args
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
@@ -15,12 +14,10 @@ from .experts import ExpertLayer, expert_widths
 from .foreign import check_network
 from .gating.frozen import FrozenNorm
 from .network import DeepMoE
-from .plain import BATCH_NORMS, oddity
+from .plain import BATCH_NORMS, IDLE, oddity
 from .stats import gate_statistics
 
 Batch = Tensor | tuple[Tensor, ...]
-
-_IDLE = (nn.Identity, nn.Dropout, DropBlock2d, DropPath)
 
 
 class Pruning(NamedTuple):
@@ -129,7 +126,7 @@ def _check_rebuilt(model: DeepMoE) -> None:
 
 def _difference(own: nn.Module | None, built: nn.Module | None) -> str:
     """How a module differs from what timm builds, '' if it does not: state may differ, and how it trains."""
-    if all(module is None or isinstance(module, _IDLE) for module in (own, built)):
+    if all(module is None or isinstance(module, IDLE) for module in (own, built)):
         return ''
     norms = (*BATCH_NORMS, FrozenNorm)
     if type(own) is not type(built) and not (isinstance(own, norms) and isinstance(built, norms)):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_weight
+from .tracing import at_least_float32
 
 SimilarityNorm = Literal['batch', 'pairs']
 SIMILARITY_NORMS = ('batch', 'pairs')
@@ -100,8 +101,7 @@ def sample_distances(samples: Tensor, norm: SimilarityNorm = 'batch') -> Tensor:
         samples: shape (B, ...); all but the first dimension are flattened.
         norm: 'batch': Euclidean, divided by the largest of the batch; 'pairs': squared Euclidean.
     """
-    flat = samples.flatten(1)
-    flat = flat if flat.dtype == torch.float64 else flat.float()
+    flat = samples.flatten(1).to(at_least_float32(samples))
     distances = torch.cdist(flat, flat).fill_diagonal_(0)
     if norm == 'pairs':
         return distances.square()

@@ -19,7 +19,7 @@ def is_transformed(x: Any) -> bool:
     These are torch.fx, torch.jit.trace, torch.export, the transforms of torch.func and forward-mode differentiation.
     """
     if torch.compiler.is_compiling():  # the compiler cannot trace the questions below
-        return torch.compiler.is_exporting()
+        return torch.compiler._is_exporting_flag  # to the compiler of torch 2.10, `is_exporting()` is always true
     if not isinstance(x, Tensor):
         return is_symbolic(x)
     return (

@@ -159,3 +159,22 @@ def make_runner(
         cfg=cfg or {},
         **{'log_level': 'WARNING', **config, **kwargs},
     )
+
+
+# Backbones of every kind, small where that takes no more than an argument.
+TYPES = {
+    'resnet18': dict(type='DeepMoEResNet', depth=18),
+    'resnet50': dict(type='DeepMoEResNet', depth=50, widen=0.25),
+    'resnet50b': dict(type='DeepMoEResNet', depth=50, widen=0.25, bottleneck='B'),
+    'drn': dict(type='DeepMoEDRN', depth=50, widen=0.25),
+    'vgg11': dict(type='DeepMoEVGG', depth=11, widen=0.25),
+    'convnext': dict(type='DeepMoEConvNeXt', arch=dict(depths=(1, 1, 2, 1), channels=(16, 24, 32, 48))),
+    'convnextv2': dict(
+        type='DeepMoEConvNeXt', arch='atto', widen=0.25, use_grn=True, layer_scale_init_value=0, linear_pw_conv=False
+    ),
+}
+
+
+def build(name: str = 'resnet18', seed: int = 0, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return MODELS.build({**TYPES[name], **kwargs})

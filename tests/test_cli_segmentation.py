@@ -168,7 +168,7 @@ def test_resumed_training_can_be_tested(
         assert not truth[known == 255].any()
 
 
-SWAP = SparseInferenceHook._swap
+SWAP = SparseInferenceHook._before_epoch
 SLIDE = ['model.test_cfg.mode=slide', 'model.test_cfg.crop_size=64,64', 'model.test_cfg.stride=32,32']
 
 
@@ -189,7 +189,9 @@ def test_other_ways_to_test(
         state['state_dict'][name].normal_(generator=torch.Generator().manual_seed(0))
     torch.save(state, tmp_path / 'random.pth')
     swapped = []
-    monkeypatch.setattr(SparseInferenceHook, '_swap', lambda self, runner: swapped.append(SWAP(self, runner)))
+    monkeypatch.setattr(
+        SparseInferenceHook, '_before_epoch', lambda self, runner, mode: swapped.append(SWAP(self, runner, mode))
+    )
     predictions = []
     for name, extra in (('plain', []), ('other', options)):
         run('test.py', small_config, tmp_path / 'random.pth', '--work-dir', tmp_path, '--out', tmp_path / name, *extra)

@@ -1,6 +1,7 @@
 """What works with what: `python tests/test_works_with.py` writes docs/works_with.md from the table below.
 
 Each line of the page is checked: by a function here, which fails where the page says otherwise, or by the test named.
+The file is long since the table is one, and the functions of its lines share nothing that could stand elsewhere.
 """
 
 import copy
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import timm
 import torch
 from small_networks import images, randomise, small
 from torch import nn
@@ -37,6 +39,13 @@ def trains(model: nn.Module, output: Callable[[Any], torch.Tensor] = lambda outp
     (loss + terms['loss_gate']).backward()
     gates = next(p for name, p in model.named_parameters() if name.endswith('gates.weight'))
     assert gates.grad is not None
+
+
+def anomalib() -> None:
+    extractors = pytest.importorskip('anomalib.models.components.feature_extractors')
+    for backbone in ('narrow_deepmoe_resnet18', timm.create_model('narrow_deepmoe_resnet18')):
+        features = extractors.TimmFeatureExtractor(backbone, ['layer1', 'layer2'], pre_trained=False)(images(1, 64))
+        assert [tuple(maps.shape[1:]) for maps in features.values()] == [(64, 16, 16), (128, 8, 8)]
 
 
 def unet() -> None:
@@ -256,7 +265,7 @@ LINES = (
     Line(
         F,
         'MMSegmentation and mmengine: Runner, hooks, `--amp`, resume',
-        'test_mmseg_hooks.py::test_training_optimises_j',
+        'test_mmseg_loss_hook.py::test_training_optimises_j',
     ),
     Line(
         F,
@@ -265,6 +274,7 @@ LINES = (
         note='terms by `gating_terms`',
     ),
     Line(F, 'segmentation_models.pytorch: encoders `tu-...deepmoe...`', unet, note='terms by `gating_terms`'),
+    Line(F, 'anomalib: `TimmFeatureExtractor`, of a name and of a module', anomalib),
     Line(F, 'transformers: `TimmWrapperForImageClassification`', transformers, note='terms by `gating_terms`'),
     Line(F, 'torchvision: `create_feature_extractor`', extractor),
     Line(

@@ -27,6 +27,7 @@ from .beyond import beyond
 from .choices import choice, pairs, where_what
 from .images import add_image_arguments, class_indices, read_groups
 from .networks import NETWORK_HELP, add_network_arguments
+from .parsing import create_parser
 from .shuffling import Rows, group_means, shuffle_mixtures
 from .subject import look
 
@@ -227,9 +228,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Result]] = {
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe analyze', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('analyze', __doc__)
     commands = parser.add_subparsers(dest='command', required=True, metavar='FIGURE')
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)

@@ -37,6 +37,7 @@ from ..macs import MacsTable
 from .engines import ENGINES, Missing
 from .images import data_config
 from .networks import NETWORK_HELP, add_network_arguments, create_network, read_settings
+from .parsing import create_parser
 from .peers import (
     GivenGates,
     RealGates,
@@ -310,9 +311,7 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe benchmark', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('benchmark', __doc__)
     parser.add_argument('network', help=NETWORK_HELP)
     add_network_arguments(parser)
     parser.add_argument('--size', type=int, nargs='+', default=[224], help='image height and width (one number: both)')

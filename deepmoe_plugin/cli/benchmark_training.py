@@ -24,6 +24,8 @@ from tqdm import trange
 
 import deepmoe_plugin
 
+from .parsing import create_parser
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
@@ -54,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe benchmark-training', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('benchmark-training', __doc__)
     parser.add_argument('--model', default='wide_deepmoe_resnet50', help='a DeepMoE model (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=16, help='images per step (default: %(default)s)')
     parser.add_argument('--image-size', type=int, default=224, help='pixels per side (default: %(default)s)')

@@ -41,7 +41,7 @@ from ..network import find_deepmoe
 from ..stats import join_kept, kept_experts
 from .compression import add_recipe_arguments, check_recipe, each_budget, target_of, write_table
 from .figures import draw_experts
-from .segmentation import check_data, check_types, create_parser, load_config
+from .segmentation import check_data, check_types, load_config, segmentor_parser
 
 NOMINAL = (224, 224)
 """Image size that the budget is a fraction of the MACs at: the fraction hardly changes with it."""
@@ -51,7 +51,7 @@ _run_numbers = itertools.count()
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = create_parser('compress', __doc__ or '')
+    parser = segmentor_parser('compress', __doc__ or '')
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         '--checkpoint', required=True, help='of the trained dense segmentor, as `deepmoe train` writes it'

@@ -30,6 +30,7 @@ import deepmoe_plugin
 
 from .evaluate import evaluate
 from .figures import draw_experts
+from .parsing import create_parser
 
 # A ResNet-8: the CIFAR ResNet-20 with one block in each stage.
 MODEL_ARGS: dict[str, Any] = {'layers': (1, 1, 1), 'in_chans': 1, 'num_classes': 10}
@@ -88,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe demo', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('demo', __doc__)
     parser.add_argument('--epochs', type=int, default=8, help='epochs for each network (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=64, help='images per step (default: %(default)s)')
     parser.add_argument('--lr', type=float, default=0.1, help='initial learning rate (default: %(default)s)')

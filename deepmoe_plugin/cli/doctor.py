@@ -3,7 +3,6 @@
 deepmoe doctor
 """
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -14,6 +13,7 @@ import torch
 from .. import __version__
 from ..sparse import build, ragged
 from .configs import configs_folder, shipped_configs
+from .parsing import create_parser
 
 # Distributions by what they are needed for; of several names the installed one counts.
 DISTRIBUTIONS = {
@@ -27,9 +27,7 @@ FEATURES = ('sse4_2', 'avx', 'avx2', 'fma', 'avx512f', 'avx512_bf16', 'amx_tile'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe doctor', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('doctor', __doc__)
     parser.parse_args(argv)
     for title, lines in (
         ('versions', versions()),

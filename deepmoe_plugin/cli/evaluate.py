@@ -30,6 +30,7 @@ from ..network import deepmoe_networks
 from ..stats import dynamic_share, kept_experts
 from .images import Images, add_image_arguments, create_images
 from .networks import NETWORK_HELP, add_network_arguments, create_network, read_settings
+from .parsing import create_parser
 
 SHOWN_CLASSES = 20
 
@@ -272,9 +273,7 @@ def write_images(path: Path, result: Evaluation, images: Images) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe evaluate', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('evaluate', __doc__)
     parser.add_argument('network', help=NETWORK_HELP)
     add_network_arguments(parser)
     add_image_arguments(parser)

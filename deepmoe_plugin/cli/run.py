@@ -17,12 +17,11 @@ from pathlib import Path
 import timm
 
 from .configs import find_config
+from .parsing import create_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe run', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('run', __doc__)
     parser.add_argument('script', help='a Python file')
     parser.add_argument('arguments', nargs=argparse.REMAINDER, help='its arguments')
     args = parser.parse_args(argv)

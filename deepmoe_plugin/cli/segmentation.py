@@ -13,11 +13,12 @@ from mmengine.runner import Runner
 from mmseg.registry import DATASETS, HOOKS, MODELS, TRANSFORMS
 
 from .configs import did_you_mean, find_config, shipped_configs
+from .parsing import create_parser
 
 
-def create_parser(command: str, description: str) -> argparse.ArgumentParser:
+def segmentor_parser(command: str, description: str) -> argparse.ArgumentParser:
     """The arguments that both have in common."""
-    parser = argparse.ArgumentParser(prog=f'deepmoe {command}', description=description)
+    parser = create_parser(command, description)
     parser.add_argument('config', help='config file, or a config of this package by its name: deepmoe_drn50_cityscapes')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/NAME_OF_CONFIG)')
     parser.add_argument(

@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from .parsing import create_parser
+
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY, PERSON, RIDER = range(13)
 CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(13, 19)
 IGNORE = 255
@@ -403,9 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe street-scenes', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('street-scenes', __doc__)
     parser.add_argument('output', type=Path, help='folder to write leftImg8bit and gtFine to')
     for split, count in (('train', 200), ('val', 40)):
         parser.add_argument(f'--{split}', type=int, default=count, help=f'{split} scenes (default: %(default)s)')

@@ -10,11 +10,11 @@ import numpy as np
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from .segmentation import check_data, check_types, create_parser, load_config
+from .segmentation import check_data, check_types, load_config, segmentor_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = create_parser('test', 'Test a segmentor with the Runner of mmengine.')
+    parser = segmentor_parser('test', 'Test a segmentor with the Runner of mmengine.')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='folder to save the predicted label maps to')
     parser.add_argument('--show-dir', help='folder for pictures: input, ground truth and prediction side by side')

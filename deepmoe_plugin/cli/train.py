@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from mmengine.runner import Runner
 
-from .segmentation import check_data, check_types, create_parser, load_config
+from .segmentation import check_data, check_types, load_config, segmentor_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = create_parser('train', 'Train a segmentor with the Runner of mmengine.')
+    parser = segmentor_parser('train', 'Train a segmentor with the Runner of mmengine.')
     parser.add_argument(
         '--resume', action='store_true', help='go on from the latest checkpoint in the work dir, if there is one'
     )

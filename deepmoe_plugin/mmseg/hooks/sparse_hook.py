@@ -24,34 +24,23 @@ class SparseInferenceHook(Hook):
     def __init__(self) -> None:
         self._swapped: tuple[nn.Module, str, DeepMoE] | None = None
 
-    def before_val_epoch(self, runner: Any) -> None:
+    def _before_epoch(self, runner: Any, mode: str = 'train') -> None:
         """Put the sparse network in the backbone's place.
 
         Raises:
             ValueError: the model holds no DeepMoE network or several, or one that cannot run sparsely.
         """
-        self._swap(runner)
-
-    def before_test_epoch(self, runner: Any) -> None:
-        """Put the sparse network in the backbone's place; see `before_val_epoch`."""
-        self._swap(runner)
-
-    def after_val_epoch(self, runner: Any, metrics: Any = None) -> None:
-        """Put the backbone back."""
-        self._restore()
-
-    def after_test_epoch(self, runner: Any, metrics: Any = None) -> None:
-        """Put the backbone back."""
-        self._restore()
-
-    def _swap(self, runner: Any) -> None:
+        if mode == 'train':
+            return
         model, network = model_of(runner), network_of(runner, self)
         path = next(name for name, module in model.named_modules() if module is network)
         model.set_submodule(path, sparsify(network))
         self._swapped = (model, path, network)
 
-    def _restore(self) -> None:
-        assert self._swapped is not None
+    def _after_epoch(self, runner: Any, mode: str = 'train') -> None:
+        """Put the backbone back."""
+        if self._swapped is None:  # after an epoch of training
+            return
         model, path, network = self._swapped
         network.train(model.training)
         model.set_submodule(path, network)

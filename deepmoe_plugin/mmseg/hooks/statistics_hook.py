@@ -140,22 +140,6 @@ class GateStatisticsHook(Hook):
         self._backends: list[Any] = []
         self._kept: list[Tensor] = []
 
-    def before_train(self, runner: Any) -> None:
-        """Watch the gates of the model.
-
-        Raises:
-            ValueError: the model holds no backbone of this package or several.
-        """
-        self._watch(runner)
-
-    def before_val(self, runner: Any) -> None:
-        """Watch the gates of the model; see `before_train`."""
-        self._watch(runner)
-
-    def before_test(self, runner: Any) -> None:
-        """Watch the gates of the model; see `before_train`."""
-        self._watch(runner)
-
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Log the batch, without what the loss hook logs."""
         sums = self._take(None)
@@ -163,21 +147,17 @@ class GateStatisticsHook(Hook):
             if name not in (outputs or {}):
                 runner.message_hub.update_scalar(f'train/{name}', value)
 
-    def before_val_epoch(self, runner: Any) -> None:
+    def _before_epoch(self, runner: Any, mode: str = 'train') -> None:
         """Start anew."""
-        self._start(runner)
+        if mode != 'train':
+            self._start(runner)
 
-    def before_test_epoch(self, runner: Any) -> None:
-        """Start anew."""
-        self._start(runner)
-
-    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+    def _after_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None, mode: str = 'train'
+    ) -> None:
         """Add the batch."""
-        self._add(outputs)
-
-    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Add the batch."""
-        self._add(outputs)
+        if mode != 'train':
+            self._add(outputs)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Log the epoch; mmengine's logger shows it to the visualizer."""
@@ -188,7 +168,12 @@ class GateStatisticsHook(Hook):
         averages = self._finish(runner, 'test', metrics)
         runner.visualizer.add_scalars({f'test/{name}': value for name, value in averages.items()})
 
-    def _watch(self, runner: Any) -> None:
+    def before_train(self, runner: Any) -> None:
+        """Watch the gates of the model.
+
+        Raises:
+            ValueError: the model holds no backbone of this package or several.
+        """
         model = model_of(runner)
         dense = [m for m in model.modules() if isinstance(m, Backbone) and not isinstance(m, DeepMoE)]
         found = len(dense) == 1 and not any(True for _ in deepmoe_networks(model))
@@ -203,6 +188,8 @@ class GateStatisticsHook(Hook):
             self._handles.append(network.gating.gates.register_forward_hook(self._tally.look_at_mixture))
         self._network = network
         self._tables = {}
+
+    before_val = before_test = before_train
 
     def _start(self, runner: Any) -> None:
         self._tally.clear()
