@@ -156,8 +156,11 @@ def draw_experts(usage: Tensor, layers: Sequence[str], widths: Sequence[int], cl
         image = axis.imshow(
             100 * part[:, order].numpy(), aspect='auto', cmap='cividis', vmin=0, vmax=100, interpolation='none'
         )
-        axis.set(title=f'{layer}\n{100 * part.mean():.0f} %', xlabel='expert, by use')
+        # Narrow layers leave no room for their names beside each other.
+        axis.set_title(f'{layer}, {100 * part.mean():.0f} %', fontsize=9, rotation=40, ha='left')
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=max(1, round(12 * len(order) / sum(widths))), integer=True))
     _name_rows(axes[0, 0], classes)
+    figure.supxlabel('experts of the layer, by use', fontsize='medium')
     figure.suptitle('Experts kept in each gated layer (percentage: average), by the class of the image')
     figure.colorbar(image, ax=axes, label='images that keep the expert (%)')
     return figure
