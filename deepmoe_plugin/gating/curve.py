@@ -19,10 +19,10 @@ class BudgetCurve(nn.Module):
 
     points: Tensor
 
-    def __init__(self, device: Any = None) -> None:
+    def __init__(self, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         # Columns: threshold, fraction of the MACs, fraction of experts kept; thresholds ascend.
-        self.register_buffer('points', torch.zeros(POINTS, 3, device=device))
+        self.register_buffer('points', torch.zeros(POINTS, 3, device=device, dtype=dtype))
 
     @torch.no_grad()
     def measure(self, preact: Tensor, spent: Callable[[Tensor], Tensor]) -> None:

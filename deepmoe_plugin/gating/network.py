@@ -81,7 +81,7 @@ class GatingNetwork(nn.Module):
         self.reset_classifier(num_classes)
         target = config.target_macs if self.budget_on_macs else config.target_kept
         self.budget = None if target is None else GateBudget(target, config.target_steps, device)
-        self.curve = BudgetCurve(device)
+        self.curve = BudgetCurve(**dd)
         self.passes = Passes()
         if config.freeze_gating:
             self.freeze()

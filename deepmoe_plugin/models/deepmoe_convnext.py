@@ -38,7 +38,8 @@ class GatedResponseNorm(GlobalResponseNorm):
         """Normalise gated units, channels last or not as timm's, with their gates (B, C)."""
         norms = x.norm(p=2, dim=self.spatial_dim, keepdim=True)
         is_last = self.channel_dim == -1
-        return response_norm(x, norms, given(gate), self.weight, self.bias, len(self.weight), self.eps, is_last)
+        weight, bias = self.weight[None], self.bias[None]
+        return response_norm(x, norms, given(gate), weight, bias, self.weight.shape[0], self.eps, is_last)
 
 
 def response_norm(
@@ -50,11 +51,11 @@ def response_norm(
         x: K units, (B, H, W, K) with `channels_last`, or (B, K, H, W).
         norms: their Euclidean norms over all positions, with dimensions of length 1 there.
         gate: their gates, (B, K).
-        weight, bias: (K,), or (B, K) where images have units of their own.
+        weight, bias: (1, K), or (B, K) where images have units of their own.
         width: number of all units.
     """
     channels = -1 if channels_last else 1
-    weight, bias = (spread(part.expand(len(gate), -1), channels_last) for part in (weight, bias))
+    weight, bias = spread(weight, channels_last), spread(bias, channels_last)
     gate = spread(gate, channels_last)
     mean_gate = (gate.sum(channels, keepdim=True) / width).clamp_min(1e-6)
     mean = norms.sum(channels, keepdim=True) / width / mean_gate

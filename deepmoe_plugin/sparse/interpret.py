@@ -191,13 +191,12 @@ def _without_unused(x: Tensor, kept: Kept | RaggedKept | None) -> Tensor:
 
 def _responded(norm: Any, x: Tensor, norms: Tensor, kept: Kept | RaggedKept | None, gate: Tensor) -> Tensor:
     """GRN of kept channels."""
-    weight, bias = norm.weight.detach(), norm.bias.detach()
+    weight, bias = norm.weight.detach()[None], norm.bias.detach()[None]
     if isinstance(kept, RaggedKept):
         gate = _without_unused(gate, kept)
-        weight, bias = (part[kept.experts.long()] for part in (weight, bias))
+        weight, bias = (part[0, kept.experts.long()] for part in (weight, bias))
     elif isinstance(kept, Kept):
-        gate = gate.index_select(1, kept.index)
-        weight, bias = weight[kept.index], bias[kept.index]
+        gate, weight, bias = (part.index_select(1, kept.index) for part in (gate, weight, bias))
     return response_norm(x, norms, gate, weight, bias, len(norm.weight), norm.eps, channels_last=False)
 
 
