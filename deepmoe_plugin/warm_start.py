@@ -32,7 +32,7 @@ SPREAD = 0.05
 IMAGE_SHARE = 0.5
 """Weight of the group of images beside the average: what its experts are worth differs less than their activations."""
 SHARPNESS = 8.0
-"""Of the mixture: the logits are squared distances to the groups, in units of the mean one divided by this."""
+"""Of the mixture: its logits are the negative squared distances to the groups, this many times over their mean."""
 PRICE = 0.7
 """Power of the MACs that the worth of an expert is divided by: at 1, expensive layers end with hardly an expert."""
 NEARNESS = 0.5  # groups differ in experts whose rank is this near to the last one that the budget has room for
@@ -81,8 +81,7 @@ def warm_start(
         # The median: dead experts, whose logarithm is far below all others, would draw a mean to themselves.
         rank = (rank - rank.median()).clamp(-LIMIT, LIMIT)
         use = _train_embedding(model, network, loader, activation, epochs, progress)
-        last = _last_rank(network, rank)
-        weights = macs.sqrt() if last is None else macs.sqrt() * (-((rank - last) / NEARNESS).square()).exp()
+        weights = macs.sqrt() * _nearness(network, rank)
         groups = _group_images(network, loader, use.rows * weights[:, None], progress)
         with torch.no_grad():
             deviation = use.rows @ groups.centers.t()
@@ -239,20 +238,20 @@ def _nearest_means(points: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return nearest, distance.square().mean()
 
 
-def _spending(network: GatedNetwork) -> Callable[[Tensor], Tensor] | None:
-    """The cost that the budget counts, of kept experts (B, N); None without a budget."""
-    if network.gating.budget is None:
+def _threshold(network: GatedNetwork, values: Tensor) -> Tensor | None:
+    """The threshold at which gates (gates,), positive, of all images alike spend the budget; None without a budget."""
+    gating = network.gating
+    if gating.budget is None:
         return None
-    return network.spent if network.gating.budget_on_macs else fraction_kept
+    cost = network.spent if gating.budget_on_macs else fraction_kept
+    return find_threshold(gating.gates.by_expert(values)[None], cost, gating.budget.target)
 
 
-def _last_rank(network: GatedNetwork, rank: Tensor) -> Tensor | None:
-    """The rank below which experts would close if all images kept the same; None without a budget."""
-    cost, gating = _spending(network), network.gating
-    if cost is None or gating.budget is None:
-        return None
-    positive = gating.gates.by_expert(rank + 2 * LIMIT)[None]
-    return find_threshold(positive, cost, gating.budget.target) - 2 * LIMIT
+def _nearness(network: GatedNetwork, rank: Tensor) -> Tensor:
+    """How much the budget depends on whether a gate closes, by its rank, (gates,): from 0 to 1; 1 without a budget."""
+    shift = 2 * LIMIT  # makes ranks positive
+    last = _threshold(network, rank + shift)
+    return torch.ones_like(rank) if last is None else (-((rank + shift - last) / NEARNESS).square()).exp()
 
 
 def _spend_alike(network: GatedNetwork, heads: Tensor) -> Tensor:
@@ -260,11 +259,11 @@ def _spend_alike(network: GatedNetwork, heads: Tensor) -> Tensor:
 
     Weak activations do not make an image easy, and without this a dark image would be computed with less.
     """
-    cost, gating = _spending(network), network.gating
-    if cost is None or gating.budget is None:
+    found = [_threshold(network, column) for column in heads.t()]
+    thresholds = [threshold for threshold in found if threshold is not None]
+    if not thresholds:
         return heads
-    target = gating.budget.target
-    each = torch.stack([find_threshold(gating.gates.by_expert(column)[None], cost, target) for column in heads.t()])
+    each = torch.stack(thresholds)
     return heads + each.mean() - each
 
 

@@ -7,6 +7,7 @@ from small_networks import images, randomise, small
 from torch import nn
 
 from deepmoe_plugin import gate_statistics, set_budget, warm_start
+from deepmoe_plugin.gating.budget import find_threshold
 
 STRUCTURES = ['cifar', 'bottleneck_a', 'vgg_cifar', 'convnext', 'grouped']
 
@@ -72,26 +73,44 @@ def test_gates_differ_between_images_without_labels():
     assert (kinds[0] - kinds[1]).abs().max() > 0.8  # some experts are those of bright images, some of dark ones
 
 
-def test_images_of_a_group_keep_the_same_and_all_groups_spend_the_same():
+def test_images_of_a_group_keep_the_same():
     model = trained('cifar', num_latent_experts=4, target_macs=0.6).eval()
     data = loader(8)
     warm_start(model, data, nn.CrossEntropyLoss(), epochs=12, progress=False)
     x = torch.cat([x for x, _ in data])
-    spent = set_budget(model, x, macs=0.6)
-    kept = gate_statistics(model, x).kept
-    patterns, sizes = kept.unique(dim=0, return_counts=True)
+    set_budget(model, x, macs=0.6)
+    patterns, sizes = gate_statistics(model, x).kept.unique(dim=0, return_counts=True)
     assert len(patterns) > 1
     assert sizes.topk(min(4, len(sizes))).values.sum() > 0.9 * len(x)  # a few images lie between two groups
-    torch.testing.assert_close(model.spent(patterns), torch.full([len(patterns)], spent).double(), rtol=0, atol=0.03)
 
 
-def test_the_mixture_names_a_group():
-    model = trained('cifar', num_latent_experts=2).eval()
+def test_all_groups_of_images_spend_the_same():
+    from deepmoe_plugin.warm_start import _spend_alike
+
+    model = trained('cifar', num_latent_experts=4, target_macs=0.6)
+    heads = 1 + 0.05 * torch.randn_like(model.gating.gates.weight) + torch.tensor([-0.2, -0.1, 0.1, 0.2])
+    columns = _spend_alike(model, heads).t()
+    at_one_threshold = model.spent(columns > find_threshold(columns, model.spent, 0.6))
+    torch.testing.assert_close(at_one_threshold, torch.full((4,), 0.6).double(), rtol=0, atol=0.02)
+    assert model.spent(heads.t() > find_threshold(heads.t(), model.spent, 0.6)).std() > 0.1
+
+
+def test_the_mixture_is_the_softmax_of_squared_distances_to_the_groups():
+    from deepmoe_plugin.warm_start import SHARPNESS, _group_images
+
+    model = trained('cifar', num_latent_experts=4).eval()
     data = loader(8)
-    warm_start(model, data, nn.CrossEntropyLoss(), epochs=12, progress=False)
-    mixture = model.gating.embedding(torch.cat([x for x, _ in data]))
-    assert mixture.amax(1).mean() > 0.9
-    assert (mixture.mean(0) > 0.02).sum() > 1
+    rows = torch.randn(sum(model.gating.gates.widths), model.gating.embedding.mixture.in_features)
+    groups = _group_images(model, data, rows, progress=False)
+    x = torch.cat([x for x, _ in data])
+    features = model.gating.embedding.pool(x)
+    distances = torch.cdist((features - features.mean(0)) @ rows.t(), groups.centers @ rows.t()).square()
+    nearest, nearest_group = distances.min(1)
+    torch.testing.assert_close(groups.shares, torch.bincount(nearest_group, minlength=4) / len(x))
+    logits = model.gating.embedding.mixture(features)
+    expected = -SHARPNESS * distances / nearest.mean()
+    differences = [(values - values.mean(1, keepdim=True))[:, groups.shares > 0] for values in (logits, expected)]
+    torch.testing.assert_close(*differences, rtol=1e-2, atol=0.05)
 
 
 @pytest.mark.parametrize('experts_per_gate', [1, 16])

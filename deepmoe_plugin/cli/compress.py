@@ -44,12 +44,13 @@ from ..network import DeepMoE, freeze_gating
 from ..stats import gate_statistics
 from ..terms import term_sources
 from ..warm_start import warm_start
-from .compression import add_recipe_arguments, check_recipe, each_budget, target_of, write_table
+from .compression import GROUPS, RAMP, add_recipe_arguments, check_recipe, each_budget, target_of, write_table
 from .configs import find_config
 from .evaluate import evaluate
 from .figures import draw_experts, draw_times
 from .images import add_image_arguments, create_dataset_of, create_images, data_config
 from .networks import add_network_arguments, create_network, read_settings
+from .parsing import create_parser
 from .timing import WAYS, time_rows
 
 BASELINES = ('dense', 'torch-pruning')
@@ -57,17 +58,13 @@ BASELINES = ('dense', 'torch-pruning')
 _TWINS = {'wide_resnet50_2': 'wide_deepmoe_resnet50', 'wide_resnet101_2': 'wide_deepmoe_resnet101'}
 TEMPERATURE = 4.0
 CALIBRATION_BATCHES = 16
-GROUPS = 8
-"""Latent experts of the gated network, each of which is a group of images that keep the same."""
 SMALL = 64
 """Images up to this side are padded by an eighth of it and cut at random, as CIFAR's usually are. timm enlarges its
 crops, which blurs small images, and gates see that."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog='deepmoe compress', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = create_parser('compress', __doc__)
     parser.add_argument('network', help="timm's name of the dense network, as resnet50, whose gated twin is trained")
     add_network_arguments(parser)
     add_image_arguments(parser, help='folder with train/CLASS/* and val/CLASS/*')
@@ -95,10 +92,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     given = list(sys.argv[1:] if argv is None else argv)
     if given and _is_segmentor(given[0]):
-        from .compress_segmentor import Recipe  # mmseg need not be installed
-        from .compress_segmentor import main as compress_segmentor
+        from .compress_segmentor import main as compress_segmentor  # mmseg need not be installed
 
-        return compress_segmentor(given, Recipe(RAMP, GROUPS))
+        return compress_segmentor(given)
     parser, args = parse_args(given)
     check_recipe(parser, args)
     if args.epochs < 1:
@@ -278,10 +274,6 @@ class Budget:
             if torch_pruning.utils.count_ops_and_params(model, example)[0] <= self.args.macs[0] * self.dense_macs:
                 break
         return model
-
-
-RAMP = 0.2
-"""Share of the training in which the budget falls from everything to the target."""
 
 
 def _checkpoint(args: argparse.Namespace, name: str) -> Path:

@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -39,7 +39,7 @@ from ..mmseg.hooks.compress_hook import CompressHook, Stages, Teacher
 from ..mmseg.hooks.loss_hook import class_presence
 from ..network import find_deepmoe
 from ..stats import join_kept, kept_experts
-from .compression import add_recipe_arguments, check_recipe, each_budget, target_of, write_table
+from .compression import GROUPS, RAMP, add_recipe_arguments, check_recipe, each_budget, target_of, write_table
 from .figures import draw_experts
 from .segmentation import check_data, check_types, load_config, segmentor_parser
 
@@ -52,7 +52,6 @@ _run_numbers = itertools.count()
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = segmentor_parser('compress', __doc__ or '')
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         '--checkpoint', required=True, help='of the trained dense segmentor, as `deepmoe train` writes it'
     )
@@ -61,19 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     return parser, parser.parse_args(argv)
 
 
-class Recipe(NamedTuple):
-    """What segmentors share with classifiers.
-
-    Attributes:
-        ramp: share of the training in which the budget falls to the target.
-        groups: latent experts of the gated network, unless the config says how many.
-    """
-
-    ramp: float
-    groups: int
-
-
-def main(argv: Sequence[str] | None, recipe: Recipe) -> dict[str, Any]:
+def main(argv: Sequence[str] | None) -> dict[str, Any]:
     """Compress a segmentor, with these arguments."""
     parser, args = parse_args(argv)
     check_recipe(parser, args)
@@ -87,7 +74,7 @@ def main(argv: Sequence[str] | None, recipe: Recipe) -> dict[str, Any]:
     check_data(parser, config, 'train', 'val', 'test')
     init_default_scope(config.get('default_scope', 'mmseg'))
     try:
-        segmentors = Segmentors(config, args, recipe)
+        segmentors = Segmentors(config, args)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,12 +106,12 @@ class Segmentors:
         FileNotFoundError, ValueError: a setting, the config or the checkpoint cannot work; the message names it.
     """
 
-    def __init__(self, config: Config, args: argparse.Namespace, recipe: Recipe) -> None:
+    def __init__(self, config: Config, args: argparse.Namespace) -> None:
         self.args = args
         self.dense, self.gated = _twins(config)
         # Few groups of images, found by an embedding half as wide as usual, do best, as for classifiers.
         backbone = self.gated.model.backbone
-        backbone.setdefault('num_latent_experts', recipe.groups)
+        backbone.setdefault('num_latent_experts', GROUPS)
         backbone.setdefault('embedding_channels', [width // 2 for width in GatingConfig().embedding_channels])
         allow_histories()
         check_readable(args.checkpoint, '--checkpoint')
@@ -145,7 +132,6 @@ class Segmentors:
             raise ValueError(f'{args.config} does not say how long to train: set train_cfg.max_iters.')
         self.length = f'{length} {"epochs" if self.by_epoch else "iterations"}'
         self.begin = length - math.floor(args.stage2 * length)
-        self.ramp = recipe.ramp
         self.gated.model.backbone.target_macs = target_of(self.targets)
         self.gated.custom_hooks = [*self.gated.custom_hooks, dict(type='deepmoe_plugin.DeepMoELossHook')]
         if self.begin < length:
@@ -169,7 +155,7 @@ class Segmentors:
 
     def train_gated(self, folder: Path) -> Runner:
         """Warm up the gates, and train to the budget, with stage 2."""
-        stages = Stages(self.ramp, self.begin, self.by_epoch)
+        stages = Stages(RAMP, self.begin, self.by_epoch)
         hook = CompressHook(self.weights, self._teacher(), stages)
         return self._train(self.gated, folder, hook)
 

@@ -11,6 +11,10 @@ from torch import nn
 from ..budgets import set_budget
 from ..network import deepmoe_networks
 
+RAMP = 0.2
+"""Share of the training in which the budget falls from everything to the target, before stage 2."""
+GROUPS = 8
+"""Latent experts of the gated network, each of which is a group of images that keep the same."""
 _SHARES = {
     'kept_experts': 'kept experts (%)',
     'dynamic_experts': 'dynamic (%)',

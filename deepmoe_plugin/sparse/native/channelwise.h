@@ -36,8 +36,7 @@ struct Channelwise {
         const int64_t image = program.images[group.first + item / output.height], row = item % output.height;
         const char* from = input.data + image * input.image_bytes;
         char* to = output.data + image * output.image_bytes + output.pixel(row, 0) * pitch;
-        if (row == 0) std::memset(to - output.pad * pitch, 0, output.pad * pitch);
-        std::memset(to + output.width * pitch, 0, output.pad * pitch);
+        output.clear_pads(output.data + image * output.image_bytes, row, pitch);
         if (op.weight)
             for (int64_t channel = 0; channel < input.channels;) {
                 const bool whole = channel + VECTORS * LANES <= input.channels;
@@ -195,8 +194,7 @@ struct Response {
                 put(to + output.pixel(row, column) * pitch, channel, lanes, read_some<Number>(place, lanes) * factor + shift);
             }
         }
-        if (row == 0) std::memset(to, 0, output.pad * pitch);
-        std::memset(to + output.pixel(row, output.width) * pitch, 0, output.pad * pitch);
+        output.clear_pads(to, row, pitch);
     }
 
     void put(char* pixel, int64_t channel, int64_t lanes, Vector value) const {

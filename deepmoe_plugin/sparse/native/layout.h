@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -51,6 +52,12 @@ struct Value {
     int64_t pad;          // pixels of zeros before the first row and behind each, for kernels that reach beyond
 
     int64_t pixel(int64_t row, int64_t column) const { return pad + row * (width + pad) + column; }
+
+    // Writes the zeros behind a row of an image, and those before the first one.
+    void clear_pads(char* image, int64_t row, int64_t pitch) const {
+        if (row == 0) std::memset(image, 0, pad * pitch);
+        std::memset(image + pixel(row, width) * pitch, 0, pad * pitch);
+    }
 };
 
 enum Kind : int64_t { CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE, NORMS, RESPOND };

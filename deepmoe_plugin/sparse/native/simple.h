@@ -35,8 +35,7 @@ struct Simple {
         const int64_t image = program.images[group.first + item / output.height], row = item % output.height;
         const char* from = input.data + image * input.image_bytes;
         char* to = output.data + image * output.image_bytes + output.pixel(row, 0) * out_pitch;
-        if (row == 0) std::memset(to - output.pad * out_pitch, 0, output.pad * out_pitch);
-        std::memset(to + output.width * out_pitch, 0, output.pad * out_pitch);
+        output.clear_pads(output.data + image * output.image_bytes, row, out_pitch);
         if (op.kind == LOAD) return load(image, row, to);
         for (int64_t column = 0; column < output.width; ++column, to += out_pitch) {
             if (op.kind == POOL)
