@@ -234,10 +234,10 @@ def test_pooling_scaling_and_widening(window: tuple[int, int, int], dtype: torch
 
 @torch.no_grad()
 @pytest.mark.parametrize('threads', [1, 2, 3])
-@pytest.mark.parametrize(('structure', 'batch'), [('bottleneck_a', 1), ('bottleneck_a', 13), ('convnext', 2)])
-def test_any_number_of_threads(structure: str, batch: int, threads: int) -> None:
-    """Where torch runs operations in between, native code is called several times for a batch."""
-    model = network(structure)
+@pytest.mark.parametrize(('batch', 'layers'), [(1, {}), (13, {}), (2, dict(block_args=dict(attn_layer='se')))])
+def test_any_number_of_threads(batch: int, layers: dict[str, Any], threads: int) -> None:
+    """Torch runs squeeze-and-excitation, so that native code is called several times for a batch."""
+    model = network('bottleneck_a', **layers)
     with_gates(model, random_gates(model, batch, 0.4))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
