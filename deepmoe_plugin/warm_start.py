@@ -23,14 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .arguments import check_number
 from .experts import GatedNetwork, find_deepmoe
-from .gating.budget import find_threshold
-from .stats import fraction_kept
+from .gating.budget import BISECTIONS, find_threshold
+from .stats import dynamic_share, fraction_kept
 
 SPREAD = 0.05
 """Standard deviation of `W e` over experts, about one: gates scale channels, and this much does not disturb."""
+DYNAMIC = 0.25
+"""Share of the experts that depend on the image. More of them cost accuracy: what only some images keep learns from
+these alone. See docs/results/cifar10_compress.md."""
 IMAGE_SHARE = 0.5
-"""Weight of the group of images beside the average: what its experts are worth differs less than their activations."""
+"""Weight of what an image uses beside what an expert is worth, where no budget tells how many experts that changes."""
+LEAST, MOST = 0.05, 4.0  # of that weight: below, no threshold tells gates apart; above, groups close what is worth most
 SHARPNESS = 8.0
 """Of the mixture: its logits are the negative squared distances to the groups, this many times over their mean."""
 PRICE = 0.7
@@ -52,6 +57,7 @@ def warm_start(
     criterion: Callable[[Any, Any], Tensor],
     epochs: int = 4,
     importance_images: int = 4000,
+    dynamic_experts: float = DYNAMIC,
     progress: bool = True,
 ) -> None:
     """Initialise the gating network of a trained network; what the network computes hardly changes.
@@ -65,11 +71,17 @@ def warm_start(
         criterion: the loss of the base network, from (output, target) to a scalar that is the mean over images.
         epochs: passes over the loader in which the embedding learns; the base network runs forward only.
         importance_images: images that the worth of the experts is measured on.
+        dynamic_experts: fraction of the experts that some groups of images keep and others close, once the network
+            spends its budget (`target_macs` or `target_kept`, or the smaller of two). At 0, all images keep the same.
         progress: shows progress bars.
 
     Raises:
-        ValueError: `model` holds no DeepMoE network, or several; or `loader` has no batch.
+        ValueError: `model` holds no DeepMoE network, or several; `loader` has no batch; or `dynamic_experts` is no
+            fraction.
     """
+    check_number('dynamic_experts', dynamic_experts)
+    if not 0 <= dynamic_experts <= 1:
+        raise ValueError(f'dynamic_experts must lie between 0 and 1 (a fraction), got {dynamic_experts}.')
     network = find_deepmoe(model)
     was_training = model.training
     model.eval()
@@ -80,16 +92,20 @@ def warm_start(
         rank = (worth / macs.pow(PRICE)).clamp(min=torch.finfo(worth.dtype).tiny).log()
         # The median: dead experts, whose logarithm is far below all others, would draw a mean to themselves.
         rank = (rank - rank.median()).clamp(-LIMIT, LIMIT)
-        use = _train_embedding(model, network, loader, activation, epochs, progress)
-        weights = macs.sqrt() * _nearness(network, rank)
-        groups = _group_images(network, loader, use.rows * weights[:, None], progress)
+        latent = gates.weight.shape[1]
+        if dynamic_experts:
+            use = _train_embedding(model, network, loader, activation, epochs, progress)
+            weights = macs.sqrt() * _nearness(network, rank)
+            groups = _group_images(network, loader, use.rows * weights[:, None], progress)
+            uses = use.mean[:, None] + use.rows @ groups.centers.t()
+            heads, shares = _mixed(network, rank, uses, groups.shares, dynamic_experts), groups.shares
+        else:
+            heads, shares = (1 + SPREAD * rank)[:, None].expand(-1, latent), rank.new_full((latent,), 1 / latent)
+        heads = heads.clamp(min=SMALLEST)
         with torch.no_grad():
-            deviation = use.rows @ groups.centers.t()
-            heads = 1 + SPREAD * (rank[:, None] + IMAGE_SHARE * (use.mean[:, None] + deviation))
-            heads = _spend_alike(network, heads).clamp(min=SMALLEST)
             gates.weight.copy_(heads)
             gates.threshold.zero_()
-            _divide_consumers(network, gates.by_expert(heads @ groups.shares))
+            _divide_consumers(network, gates.by_expert(heads @ shares))
     finally:
         model.train(was_training)
 
@@ -252,6 +268,27 @@ def _nearness(network: GatedNetwork, rank: Tensor) -> Tensor:
     shift = 2 * LIMIT  # makes ranks positive
     last = _threshold(network, rank + shift)
     return torch.ones_like(rank) if last is None else (-((rank + shift - last) / NEARNESS).square()).exp()
+
+
+def _mixed(network: GatedNetwork, rank: Tensor, uses: Tensor, shares: Tensor, dynamic: float) -> Tensor:
+    """Gates (gates, K) from what each is worth (gates,) and what each group of images uses (gates, K).
+
+    The second counts as much as it takes for groups to differ in the wanted share of the experts.
+    """
+
+    def gates(weight: float) -> Tensor:
+        return _spend_alike(network, 1 + SPREAD * (rank[:, None] + weight * uses))
+
+    low, high = LEAST, MOST
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        heads = gates(middle)
+        last = _threshold(network, heads[:, 0])
+        if last is None:
+            return gates(IMAGE_SHARE)
+        too_few = dynamic_share((heads > last).float() @ shares, 1) < dynamic
+        low, high = (middle, high) if too_few else (low, middle)
+    return gates(high)
 
 
 def _spend_alike(network: GatedNetwork, heads: Tensor) -> Tensor:

@@ -207,6 +207,7 @@ def test_gated_twin(name, gated):
         (['--macs', '0.7', '0.6'], '--macs takes one fraction, or a smaller and a larger one'),
         (['--epochs', '0'], '--epochs must be at least 1'),
         (['--distill', '2'], '--distill must be a fraction'),
+        (['--dynamic-experts', '2'], '--dynamic-experts must be a fraction'),
     ],
 )
 def test_refused_before_any_work(folder, tmp_path, capsys, more, words):

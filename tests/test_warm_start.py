@@ -148,3 +148,32 @@ def test_mode_and_other_parameters_stay_and_no_hook_is_left():
 def test_an_empty_loader_is_refused():
     with pytest.raises(ValueError, match='no batch'):
         warm_start(trained('cifar'), [], nn.CrossEntropyLoss(), progress=False)
+
+
+@pytest.mark.parametrize('dynamic', [0.1, 0.4])
+def test_as_many_experts_as_asked_for_depend_on_the_image(dynamic):
+    from deepmoe_plugin.stats import dynamic_share
+    from deepmoe_plugin.warm_start import _mixed
+
+    model = trained('cifar', num_latent_experts=4, target_macs=0.6)
+    rank, uses = torch.randn(len(model.gating.gates.weight)), torch.randn_like(model.gating.gates.weight)
+    shares = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    heads = _mixed(model, rank, uses, shares, dynamic).detach()
+    kept = heads.t() > find_threshold(heads.t(), model.spent, 0.6)
+    assert dynamic_share(shares @ kept.float(), 1) == pytest.approx(dynamic, abs=0.05)
+
+
+def test_without_dynamic_experts_all_images_keep_the_same():
+    model = trained('cifar', target_macs=0.6).eval()
+    data = loader()
+    warm_start(model, data, nn.CrossEntropyLoss(), dynamic_experts=0, progress=False)
+    set_budget(model, data, macs=0.6)
+    stats = gate_statistics(model, data)
+    assert stats.dynamic_experts == 0
+    assert 0.1 < stats.kept_experts < 0.9
+
+
+@pytest.mark.parametrize('value', [-0.1, 1.5, float('nan')])
+def test_share_of_dynamic_experts_must_be_a_fraction(value):
+    with pytest.raises(ValueError, match='dynamic_experts must lie between 0 and 1'):
+        warm_start(trained('cifar'), loader(1), nn.CrossEntropyLoss(), dynamic_experts=value, progress=False)

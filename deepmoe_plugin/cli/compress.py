@@ -252,7 +252,7 @@ class Budget:
         model.load_state_dict(dense.state_dict())
         model.to(self.args.device)
         if not (self.args.resume and _checkpoint(self.args, 'gated').is_file()):
-            warm_start(model, self.loader, nn.CrossEntropyLoss())
+            warm_start(model, self.loader, nn.CrossEntropyLoss(), dynamic_experts=self.args.dynamic_experts)
         return model
 
     def prune(self, dense: nn.Module) -> nn.Module:

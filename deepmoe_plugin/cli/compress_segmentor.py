@@ -155,7 +155,7 @@ class Segmentors:
 
     def train_gated(self, folder: Path) -> Runner:
         """Warm up the gates, and train to the budget, with stage 2."""
-        stages = Stages(RAMP, self.begin, self.by_epoch)
+        stages = Stages(RAMP, self.begin, self.by_epoch, self.args.dynamic_experts)
         hook = CompressHook(self.weights, self._teacher(), stages)
         return self._train(self.gated, folder, hook)
 

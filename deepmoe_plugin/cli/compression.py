@@ -10,6 +10,7 @@ from torch import nn
 
 from ..budgets import set_budget
 from ..network import deepmoe_networks
+from ..warm_start import DYNAMIC
 
 RAMP = 0.2
 """Share of the training in which the budget falls from everything to the target, before stage 2."""
@@ -37,6 +38,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, baselines: Sequence[st
         'each step draws a budget from it, and the network can be given any of them afterwards',
     )
     parser.add_argument(
+        '--dynamic-experts',
+        type=float,
+        default=DYNAMIC,
+        metavar='FRACTION',
+        help='of the experts that some groups of images keep and others close; with 0 all images keep the same, and '
+        '`deepmoe_plugin.prune` removes the others for good (default: %(default)s)',
+    )
+    parser.add_argument(
         '--stage2',
         type=float,
         default=1.0,
@@ -54,9 +63,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, baselines: Sequence[st
 
 def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with a message where an argument of the recipe cannot work."""
-    for name in ('stage2', 'distill'):
+    for name in ('stage2', 'distill', 'dynamic_experts'):
         if not 0 <= getattr(args, name) <= 1:
-            parser.error(f'--{name} must be a fraction between 0 and 1, got {getattr(args, name)}')
+            parser.error(f'--{name.replace("_", "-")} must be a fraction between 0 and 1, got {getattr(args, name)}')
     given = ' '.join(map(str, args.macs))
     if not all(0 < fraction < 1 for fraction in args.macs):
         parser.error(f'--macs must be a fraction between 0 and 1, got {given}')

@@ -29,11 +29,13 @@ class Stages(NamedTuple):
         ramp: share of it in which the budget falls to the target.
         begin: epochs or iterations before stage 2.
         by_epoch: whether `begin` counts epochs.
+        dynamic_experts: share of the experts that depend on the image, for `warm_start`.
     """
 
     ramp: float
     begin: int
     by_epoch: bool
+    dynamic_experts: float
 
 
 class Teacher:
@@ -111,7 +113,7 @@ class CompressHook(Hook):
         if runner.iter == 0:
             model.load_state_dict(self.weights)
             if self.stages is not None:
-                warm_start(model, _Batches(runner), _criterion(model))
+                warm_start(model, _Batches(runner), _criterion(model), dynamic_experts=self.stages.dynamic_experts)
         if self.teacher is not None:
             self.teacher.teach(model)
 
