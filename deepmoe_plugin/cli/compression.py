@@ -13,8 +13,10 @@ from ..network import deepmoe_networks
 
 RAMP = 0.2
 """Share of the training in which the budget falls from everything to the target, before stage 2."""
+TEMPERATURE = 4.0
+"""Logits are divided by it before the network is compared with its teacher (Hinton et al. 2015)."""
 GROUPS = 8
-"""Latent experts of the gated network, each of which is a group of images that keep the same."""
+"""Latent experts of the gated network: each stands for a group of images that keep the same experts."""
 _SHARES = {
     'kept_experts': 'kept experts (%)',
     'dynamic_experts': 'dynamic (%)',
