@@ -44,16 +44,7 @@ from ..network import DeepMoE, freeze_gating
 from ..stats import gate_statistics
 from ..terms import term_sources
 from ..warm_start import warm_start
-from .compression import (
-    GROUPS,
-    RAMP,
-    TEMPERATURE,
-    add_recipe_arguments,
-    check_recipe,
-    each_budget,
-    target_of,
-    write_table,
-)
+from .compression import GROUPS, RAMP, TEMPERATURE, add_recipe, check_recipe, each_budget, target_of, write_table
 from .configs import find_config
 from .evaluate import evaluate
 from .figures import draw_experts, draw_times
@@ -87,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     parser.add_argument('--channels-last', action='store_true', help='memory format of the networks')
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
     parser.add_argument('--output', type=Path, default=Path('output/compress'), help='folder (default: %(default)s)')
-    add_recipe_arguments(parser, BASELINES)
+    add_recipe(parser, BASELINES)
     parser.add_argument(
         '--time',
         nargs='*',

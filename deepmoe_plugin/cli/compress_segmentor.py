@@ -39,16 +39,7 @@ from ..mmseg.hooks.compress_hook import CompressHook, Stages, Teacher
 from ..mmseg.hooks.loss_hook import class_presence
 from ..network import find_deepmoe
 from ..stats import join_kept, kept_experts
-from .compression import (
-    GROUPS,
-    RAMP,
-    TEMPERATURE,
-    add_recipe_arguments,
-    check_recipe,
-    each_budget,
-    target_of,
-    write_table,
-)
+from .compression import GROUPS, RAMP, TEMPERATURE, add_recipe, check_recipe, each_budget, target_of, write_table
 from .figures import draw_experts
 from .segmentation import check_data, check_types, load_config, segmentor_parser
 
@@ -65,7 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         '--checkpoint', required=True, help='of the trained dense segmentor, as `deepmoe train` writes it'
     )
     parser.add_argument('--output', dest='work_dir', help='the same as --work-dir')
-    add_recipe_arguments(parser, BASELINES)
+    add_recipe(parser, BASELINES)
     return parser, parser.parse_args(argv)
 
 

@@ -27,7 +27,7 @@ _SHARES = {
 _UNITS = {'MMACs': 1e3, 'GMACs': 1.0}
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, baselines: Sequence[str]) -> None:
+def add_recipe(parser: argparse.ArgumentParser, baselines: Sequence[str]) -> None:
     """Add the arguments of the recipe; `check_recipe` checks them."""
     parser.add_argument(
         '--macs',
