@@ -10,7 +10,7 @@ from image_folders import save_images
 from safetensors.torch import load_file, save_file
 
 from deepmoe_plugin import set_budget
-from deepmoe_plugin.cli import compress, timing
+from deepmoe_plugin.cli import compress, evaluate, timing
 
 ARGS = ['--epochs', '2', '--batch-size', '16', '--workers', '0']
 # Dense networks, each with the arguments that shrink it.
@@ -53,7 +53,8 @@ def run(folder, output, *more, network='resnet20_cifar', **arguments):
     ids=str,
 )
 def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path, network, arguments):
-    summary = run(folder, tmp_path, '--macs', '0.6', network=network, **arguments)
+    normalisation = ['--mean', '0.3', '0.4', '0.5', '--std', '0.2', '0.2', '0.2']
+    summary = run(folder, tmp_path, '--macs', '0.6', *normalisation, network=network, **arguments)
     dense, gated = summary['results']
     assert gated['gmacs'] / dense['gmacs'] == pytest.approx(0.6, abs=0.06)
     assert gated['kept_experts'] < 1
@@ -65,6 +66,10 @@ def test_network_spends_the_budget_and_its_weights_load(folder, tmp_path, networ
     model = timm.create_model(summary['network'], **summary['model_kwargs'])
     model.load_state_dict(load_file(tmp_path / 'compressed.safetensors'), strict=False)
     assert model.gating.gates.threshold > 0
+    options = ['--checkpoint', str(tmp_path / 'compressed.safetensors'), '--data-dir', str(folder / 'data')]
+    measured = evaluate.main([str(tmp_path / 'args.yaml'), *options, '--workers', '0'])
+    assert measured['top1'] == pytest.approx(gated['top1'])
+    assert measured['gmacs']['mean'] == pytest.approx(gated['gmacs'])
 
 
 def test_resumed_run_ends_as_one_that_was_not_interrupted(folder, tmp_path, monkeypatch):

@@ -229,7 +229,10 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }
     compressed = Path('output/half/compressed.safetensors')
     compressed.parent.mkdir(parents=True)
-    safetensors.torch.save_file(create_small('narrow_deepmoe_resnet50').state_dict(), compressed)
+    gated: dict[str, Any] = dict(num_latent_experts=8, embedding_channels=[8, 16])
+    safetensors.torch.save_file(create_small('narrow_deepmoe_resnet50', **gated).state_dict(), compressed)
+    options = dict(model='narrow_deepmoe_resnet50', model_kwargs=gated)
+    compressed.with_name('args.yaml').write_text(yaml.safe_dump(options))
     for block in blocks(page):
         if block.language == 'python':
             exec(compile(block.text, repr(block), 'exec'), namespace)

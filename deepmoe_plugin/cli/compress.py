@@ -6,11 +6,12 @@
 The gates of its gated twin learn what the experts are worth and which images use the network alike
 (deepmoe_plugin.warm_start), a threshold closes the least useful experts, so that the average image costs the budget,
 and the network trains with these gates, taught by the dense one. The output folder gets a checkpoint of each kind
-(compressed.safetensors, last.pth for --resume), a table (results.md, results.json) and a picture of the experts that
-each class keeps (experts.png). --baselines trains others as long, on the same images and with the same teacher.
+(compressed.safetensors with args.yaml, last.pth for --resume), a table (results.md, results.json) and a picture of the
+experts that each class keeps (experts.png). --baselines trains others as long, on the same images and with the same
+teacher.
 
 Training images of up to 64 pixels are padded by an eighth of their side and cut at random, as is usual for CIFAR.
-timm cuts larger ones. All are mirrored at random.
+Larger ones get timm's random crops. All are mirrored at random.
 
 The name of an mmseg config in the place of a network compresses a segmentor: `deepmoe compress CONFIG --help`.
 """
@@ -25,6 +26,7 @@ from typing import Any
 
 import timm
 import torch
+import yaml
 from safetensors.torch import save_file
 from timm.data import create_loader
 from timm.data.transforms import MaybeToTensor
@@ -52,6 +54,7 @@ from .images import add_image_arguments, create_dataset_of, create_images, data_
 from .networks import add_network_arguments, create_network, read_settings
 from .parsing import create_parser
 from .timing import WAYS, time_rows
+from .timm_options import HONOURED
 
 BASELINES = ('dense', 'torch-pruning')
 # Dense networks whose gated twin has a name of its own; of all others it is `narrow_deepmoe_NAME`.
@@ -69,8 +72,6 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     add_network_arguments(parser)
     add_image_arguments(parser, help='folder with train/CLASS/* and val/CLASS/*')
     parser.set_defaults(batch_size=128)
-    parser.add_argument('--mean', type=float, nargs='+', help='of the images (default: of the model)')
-    parser.add_argument('--std', type=float, nargs='+', help='likewise')
     parser.add_argument('--epochs', type=int, default=20, help='(default: %(default)s)')
     parser.add_argument('--lr', type=float, default=0.01, help='of SGD, falls along a cosine (default: %(default)s)')
     parser.add_argument('--weight-decay', type=float, default=5e-4, help='(default: %(default)s)')
@@ -101,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error(f'--epochs must be at least 1, got {args.epochs}')
     try:
         settings = read_settings(args.network, args)
-        settings.update({name: getattr(args, name) for name in ('mean', 'std') if getattr(args, name)})
         gated_name = gated_twin(settings['model'])
         images = create_images(args, settings)
         if args.checkpoint is None:
@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, args.output / 'compressed.safetensors')
     arguments = gated_arguments(gated_name, settings)
+    _write_args(args.output, {**settings, 'model': gated_name, 'model_kwargs': arguments})
     summary = {'network': gated_name, 'model_kwargs': arguments, 'macs': args.macs, 'results': rows}
     if args.time is not None:
         summary['time'] = time_rows(rows, compared, images.loader, args.time or WAYS, args.device)
@@ -135,8 +136,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     stats = gate_statistics(model, images.loader)
     figure = draw_experts(stats.by_class(labels), stats.layers, stats.widths, images.classes)
     figure.savefig(args.output / 'experts.png', dpi=120)
-    print(f'\n{table}\n\nTable, weights ({gated_name}) and experts.png are in {args.output}/')
+    print(
+        f'\n{table}\n\nTable, weights and experts.png are in {args.output}/. As a network of timm:\n'
+        f'deepmoe evaluate {args.output}/args.yaml --checkpoint {args.output}/compressed.safetensors --data-dir '
+        f'{args.data_dir}'
+    )
     return summary
+
+
+def _write_args(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the options that evaluate the result, as timm's train.py leaves them (args.yaml)."""
+    options = {name: value for name, value in settings.items() if name in HONOURED and value is not None}
+    (folder / 'args.yaml').write_text(yaml.safe_dump(options, sort_keys=False))
 
 
 def _is_segmentor(name: str) -> bool:
@@ -359,7 +370,7 @@ def calibrate(model: DeepMoE, loader: DataLoader) -> None:
 
 
 def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-    """Write the state beside the old one and exchange them, so that a killed run leaves one of both complete."""
+    """Write the state beside the old one and exchange them, so that a killed run leaves one of the two complete."""
     state = {
         'model': model.state_dict(),
         'optimizer': optimizer.state_dict(),

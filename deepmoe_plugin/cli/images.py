@@ -45,6 +45,8 @@ def add_image_arguments(
     parser.add_argument('--class-map', help='file that lists the classes in the order of their labels, one a line')
     parser.add_argument('--img-size', type=int, help='side in pixels (default: of the model)')
     parser.add_argument('--crop-pct', type=float, help='(default: of the model)')
+    parser.add_argument('--mean', type=float, nargs='+', help='of the normalisation (default: of the model)')
+    parser.add_argument('--std', type=float, nargs='+', help='likewise')
     parser.add_argument('--batch-size', type=int, default=64, help='(default: %(default)s)')
     parser.add_argument('--workers', type=int, default=2, help='processes that load images (default: %(default)s)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')

@@ -58,7 +58,7 @@ def read_settings(network: str, args: argparse.Namespace) -> dict[str, Any]:
         import_modules(settings, str(path))
     elif network.endswith(('.yaml', '.yml')):
         raise ValueError(f'There is no file {network}, and no config of this name in the package.')
-    names = ('img_size', 'crop_pct', 'num_classes', 'dataset', 'class_map')
+    names = ('img_size', 'crop_pct', 'mean', 'std', 'num_classes', 'dataset', 'class_map')
     given = {name: getattr(args, name, None) for name in names} | {'val_split': getattr(args, 'split', None)}
     settings.update({name: value for name, value in given.items() if value is not None})
     if given['img_size'] is not None and settings.get('input_size'):
