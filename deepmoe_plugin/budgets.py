@@ -26,20 +26,20 @@ def set_budget(
         deepmoe_plugin.set_budget(model, macs=0.6)           # by the curve
 
     Threshold and curve are part of the state dict, so that a checkpoint keeps its budget, and can be given others
-    without images. Training the gates makes the network forget the curve. Gates that stay kept keep their value. A
-    budget that was not trained costs accuracy: below it, experts close that the network has not learnt to do without.
-    Train for a range of budgets (`target_macs=(0.35, 0.75)`) instead.
+    without images. Training the gates makes the network forget the curve. The values of kept gates do not change. A
+    budget that was not trained costs accuracy: experts close that the network has not learnt to do without. Train for a
+    range of budgets (`target_macs=(0.35, 0.75)`) instead.
 
     Args:
         model: holds one DeepMoE network; its threshold and its curve change.
         images: some dozens of images as the network will see them: a batch (B, in_chans, H, W), or a loader of batches
             or of tuples that start with one. By default the curve in the checkpoint tells.
         macs: fraction of the base network's dense MACs to spend, as `target_macs`; the gating network not included.
-        kept: fraction of experts to keep, as `target_kept`; give one of both.
+        kept: fraction of experts to keep, as `target_kept`; give either `macs` or `kept`.
 
     Returns:
-        The fraction that the images now spend, or that those of the curve did; larger gates than the budget asks for
-        cannot be had, so that it is below the budget where the network keeps less with all its gates.
+        The fraction that the images now spend, or that those of the curve spent. It is below the budget where the
+        network spends less even with a threshold of zero.
 
     Raises:
         ValueError: not exactly one budget is given, or it lies outside of (0, 1], or cannot be reached; `model` holds

@@ -42,8 +42,8 @@ def measure_handover(gating: GatingNetwork, mixtures: Tensor, predicted: Tensor,
     """Compare what a network predicts with what its embedding alone would.
 
     The embedding's class is that of its classifier where it has one (`embed_loss_weight > 0`); otherwise that of a
-    linear discriminant of the mixture, which is all that gates know of an image, fitted to every other image and asked
-    about the rest, and the other way round.
+    linear discriminant of the mixture, which is all that gates know of an image. It is fitted to every second image and
+    asked about the others, and then the other way round.
 
     Args:
         gating: of the network.
@@ -65,7 +65,7 @@ def measure_handover(gating: GatingNetwork, mixtures: Tensor, predicted: Tensor,
 
 
 def _read_out(mixtures: Tensor, labels: Tensor) -> Tensor:
-    """Class of each image by a linear discriminant of the other half of the images."""
+    """Class of each image by a linear discriminant that is fitted to the other half of the images."""
     x = mixtures.double()
     is_even = torch.arange(len(x), device=x.device) % 2 == 0
     guessed = torch.empty_like(labels)

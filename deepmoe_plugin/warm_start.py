@@ -1,6 +1,6 @@
 """Gates for a trained network: what its experts are worth, and which images use them (ours).
 
-A trained dense network knows two things that its gates would otherwise have to find out while they close:
+A trained dense network holds two facts that its gates would otherwise have to learn while they close:
 
 * What an expert is worth. The gradient of the loss with respect to its gate, at one, is the first-order change of the
   loss if the gate closes (Molchanov et al. 2017, the Taylor criterion); its root mean square over images, divided by a
@@ -41,7 +41,7 @@ SHARPNESS = 8.0
 PRICE = 0.7
 """Power of the MACs that the worth of an expert is divided by: at 1, expensive layers end with hardly an expert."""
 NEARNESS = 0.5  # groups differ in experts whose rank is this near to the last one that the budget has room for
-LIMIT = 2.5  # of the standardised rank, either way: outliers would only stretch the scale
+LIMIT = 2.5  # of the centred rank, either way: outliers would only stretch the scale
 LEARNING_RATE = 0.01  # of Adam, for the embedding; falls to zero along a cosine, epoch by epoch
 FLOOR = 0.05  # of the average activation, added to that of an image before the logarithm
 SMALLEST = 0.05  # gate of a kept expert: at zero it would be closed for good
@@ -90,7 +90,7 @@ def warm_start(
         gates = network.gating.gates
         macs = gates.by_gate(network.macs_of_experts()).to(worth.device)
         rank = (worth / macs.pow(PRICE)).clamp(min=torch.finfo(worth.dtype).tiny).log()
-        # The median: dead experts, whose logarithm is far below all others, would draw a mean to themselves.
+        # Dead experts, whose logarithms lie far below all others, would move a mean, but not the median.
         rank = (rank - rank.median()).clamp(-LIMIT, LIMIT)
         latent = gates.weight.shape[1]
         if dynamic_experts:
@@ -121,11 +121,11 @@ def _measure(
     """Worth of each gate (root mean square of its gradient) and mean activation behind it, both of shape (gates,)."""
     gates: list[Tensor] = []
 
-    def open_all(_module: nn.Module, _args: Any, preact: Tensor) -> Tensor:
+    def keep_all(_module: nn.Module, _args: Any, preact: Tensor) -> Tensor:
         gates.append(torch.ones_like(preact).requires_grad_())
         return gates[-1]
 
-    hook = network.gating.gates.register_forward_hook(open_all)
+    hook = network.gating.gates.register_forward_hook(keep_all)
     worth: Tensor | float = 0.0
     activation: Tensor | float = 0.0
     seen = 0
@@ -294,7 +294,7 @@ def _mixed(network: GatedNetwork, rank: Tensor, uses: Tensor, shares: Tensor, dy
 def _spend_alike(network: GatedNetwork, heads: Tensor) -> Tensor:
     """Shift the gates of each group of images (gates, K) so that at one threshold all groups spend the budget.
 
-    Weak activations do not make an image easy, and without this a dark image would be computed with less.
+    An image with weak activations is not an easy one: without this, a dark image would keep fewer experts.
     """
     found = [_threshold(network, column) for column in heads.t()]
     thresholds = [threshold for threshold in found if threshold is not None]

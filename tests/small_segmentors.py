@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import deepmoe_plugin.mmseg  # noqa: F401 (registers everything)
+from deepmoe_plugin.cli import street_scenes
 
+STREETS = Path(__file__).parents[1] / 'configs/mmseg/deepmoe_resnet18_street_scenes.py'
+ITERATIONS = 6
 CLASSES = 5
 SIZE = 64
 init_default_scope('mmseg')
@@ -51,6 +54,33 @@ class Scenes(Dataset):
         sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size, img_path=f'{i}.png'))
         sample.gt_sem_seg = PixelData(data=labels)
         return dict(inputs=image.to(torch.uint8), data_samples=sample)
+
+
+def small_street_scenes(folder: Path) -> Path:
+    """Draw four training and two validation scenes in `folder`, and write a config that trains on them in seconds.
+
+    Returns:
+        The config: that of the quick start with a smaller network, smaller images and `ITERATIONS` iterations.
+    """
+    street_scenes.main([str(folder), '--train', '4', '--val', '2', '--width', '128', '--height', '64'])
+    path = folder / 'small.py'
+    loader = f'num_workers=0, persistent_workers=False, dataset=dict(data_root={str(folder)!r})'
+    path.write_text(
+        f'_base_ = {str(STREETS)!r}\n'
+        'model = dict(backbone=dict(widen=0.25), data_preprocessor=dict(size=(64, 64)))\n'
+        f'train_dataloader = dict(batch_size=2, {loader})\n'
+        f'val_dataloader = dict({loader})\n'
+        f'test_dataloader = dict({loader})\n'
+        f'train_cfg = dict(max_iters={ITERATIONS}, val_interval={ITERATIONS})\n'
+        'default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))\n'
+        'optim_wrapper = dict(optimizer=dict(lr=0.01))\n'
+        'randomness = dict(seed=0)\n'
+        'crop_size = (64, 64)\n'
+        'train_pipeline = [dict(step, crop_size=crop_size) if step.type == "RandomCrop" else step\n'
+        '                  for step in _base_.train_pipeline]\n'
+        'train_dataloader["dataset"]["pipeline"] = train_pipeline\n'
+    )
+    return path
 
 
 @METRICS.register_module()

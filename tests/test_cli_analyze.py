@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from image_folders import save_images
 from PIL import Image
 from small_networks import FixedGates
 from torch import nn
@@ -40,9 +41,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('run')
     rng = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
-        (folder / 'images' / name).mkdir(parents=True)
-        for i in range(PER_CLASS):
-            Image.fromarray(pixels(label, rng)).save(folder / 'images' / name / f'{i}.png')
+        save_images(folder / 'images' / name, (pixels(label, rng) for _ in range(PER_CLASS)))
     (folder / 'args.yaml').write_text(json.dumps(SETTINGS))
     (folder / 'groups.json').write_text(json.dumps(GROUPS))
     torch.manual_seed(0)

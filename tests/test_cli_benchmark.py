@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from image_folders import save_images
 from PIL import Image
 from small_networks import randomise
 
@@ -62,9 +63,7 @@ def test_gates_of_a_checkpoint(tmp_path):
     model = randomise(timm.create_model(MODEL[0], num_classes=10))
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        (tmp_path / 'images' / str(i)).mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / 'images' / str(i) / '0.png')
+        save_images(tmp_path / 'images' / str(i), [np.random.default_rng(i).integers(0, 256, (32, 32, 3))])
     trained = ('--checkpoint', str(tmp_path / 'model.pth'), '--images', str(tmp_path / 'images'))
     done = benchmark(*MODEL, *trained, '--out', str(tmp_path / 'result'))
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from image_folders import save_images
 from safetensors.torch import load_file, save_file
 
 from deepmoe_plugin import set_budget
@@ -27,10 +27,8 @@ def folder(tmp_path_factory):
     random = np.random.default_rng(0)
     for split, count in (('train', 24), ('val', 8)):
         for label, base in (('bright', 170), ('dark', 60)):
-            (root / 'data' / split / label).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.clip(base + random.normal(0, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / 'data' / split / label / f'{i}.png')
+            pictures = (random.normal(base, 40, (32, 32, 3)) for _ in range(count))
+            save_images(root / 'data' / split / label, pictures)
     for name, arguments in NETWORKS.items():
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=2, **arguments)

@@ -1,7 +1,6 @@
 """`deepmoe compress CONFIG`: from a trained dense segmentor to a cheaper gated one, on generated street scenes."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,43 +9,16 @@ pytest.importorskip('mmseg')
 
 from mmengine.config import Config
 from mmengine.runner import Runner
+from small_segmentors import ITERATIONS, backbone_config, loader, segmentor, small_street_scenes
 
 from deepmoe_plugin import find_deepmoe, set_budget
-from deepmoe_plugin.cli import compress, compress_segmentor, street_scenes, test, train
+from deepmoe_plugin.cli import compress, compress_segmentor, test, train
 from deepmoe_plugin.mmseg.hooks import compress_hook
 
-STREETS = Path(__file__).parents[1] / 'configs/mmseg/deepmoe_resnet18_street_scenes.py'
-ITERATIONS = 6
-
 
 @pytest.fixture(scope='module')
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('scenes')
-    street_scenes.main([str(folder), '--train', '4', '--val', '2', '--width', '128', '--height', '64'])
-    return folder
-
-
-@pytest.fixture(scope='module')
-def config(scenes):
-    """The config of the quick start with a network, images and a schedule that take seconds."""
-    path = scenes / 'small.py'
-    loader = f'num_workers=0, persistent_workers=False, dataset=dict(data_root={str(scenes)!r})'
-    path.write_text(
-        f'_base_ = {str(STREETS)!r}\n'
-        'model = dict(backbone=dict(widen=0.25), data_preprocessor=dict(size=(64, 64)))\n'
-        f'train_dataloader = dict(batch_size=2, {loader})\n'
-        f'val_dataloader = dict({loader})\n'
-        f'test_dataloader = dict({loader})\n'
-        f'train_cfg = dict(max_iters={ITERATIONS}, val_interval={ITERATIONS})\n'
-        'default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))\n'
-        'optim_wrapper = dict(optimizer=dict(lr=0.01))\n'
-        'randomness = dict(seed=0)\n'
-        'crop_size = (64, 64)\n'
-        'train_pipeline = [dict(step, crop_size=crop_size) if step.type == "RandomCrop" else step\n'
-        '                  for step in _base_.train_pipeline]\n'
-        'train_dataloader["dataset"]["pipeline"] = train_pipeline\n'
-    )
-    return path
+def config(tmp_path_factory):
+    return small_street_scenes(tmp_path_factory.mktemp('scenes'))
 
 
 @pytest.fixture(scope='module')
@@ -75,11 +47,12 @@ def test_segmentor_spends_the_budget_and_can_be_tested(config, dense, tmp_path):
     before, longer, gated = summary['results']
     assert [row['name'] for row in summary['results']] == [
         'dense',
-        *(f'{n}, 6 iterations' for n in ('dense', 'gated')),
+        *(f'{n}, {ITERATIONS} iterations' for n in ('dense', 'gated')),
     ]
     assert before['gmacs'] == longer['gmacs']
     weights = [
-        torch.load(path, weights_only=True)['state_dict'] for path in (dense, tmp_path / 'dense_longer/iter_6.pth')
+        torch.load(path, weights_only=True)['state_dict']
+        for path in (dense, tmp_path / f'dense_longer/iter_{ITERATIONS}.pth')
     ]
     assert not torch.equal(*(state['decode_head.conv_seg.weight'] for state in weights))
     assert gated['gmacs'] / before['gmacs'] == pytest.approx(0.6, abs=0.06)
@@ -147,8 +120,6 @@ def test_resumed_run_goes_on_where_it_was(config, dense, tmp_path, monkeypatch):
 
 def test_a_teacher_teaches():
     """The losses on the labels get what the divergence from the teacher leaves."""
-    from small_segmentors import backbone_config, loader, segmentor
-
     teacher, model = (segmentor(backbone_config(gated=False)) for _ in range(2))
     with torch.no_grad():
         model.decode_head.conv_seg.weight.mul_(0.5)
@@ -156,7 +127,7 @@ def test_a_teacher_teaches():
     batch = {key: [item[key] for item in items] for key in ('inputs', 'data_samples')}
     data = model.data_preprocessor(batch, True)
     plain = model.train()(**data, mode='loss')['decode.loss_ce'].item()
-    compress_hook.Teacher(teacher, 0.25).teach(model)
+    compress_hook.Teacher(teacher, 0.25, 4.0).teach(model)
     losses = model(**data, mode='loss')
     assert losses['decode.loss_ce'].item() == pytest.approx(0.75 * plain, rel=1e-4)
     with torch.no_grad():

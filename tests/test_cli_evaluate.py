@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from image_folders import save_images
 from small_networks import randomise
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy
@@ -30,11 +30,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('images')
     rng = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
-        (folder / 'val' / name).mkdir(parents=True)
-        for i in range(3 + label % 2):
-            size = (40 + 4 * i, 36, 3)
-            pixels = rng.normal(60 + 20 * label, 60, size).clip(0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / 'val' / name / f'{i}.png')
+        heights = range(40, 52 + 4 * (label % 2), 4)
+        save_images(folder / 'val' / name, (rng.normal(60 + 20 * label, 60, (h, 36, 3)) for h in heights))
     return folder
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from image_folders import save_images
 from PIL import Image
 from small_networks import randomise
 from torch import Tensor
@@ -160,8 +161,7 @@ def test_mmseg_config(tmp_path, capsys):
 @pytest.fixture
 def folder(tmp_path):
     rng = np.random.default_rng(0)
-    for i in range(10):
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f'{i}.png')
+    save_images(tmp_path, (rng.integers(0, 255, (32, 32, 3)) for _ in range(10)))
     return tmp_path
 
 
@@ -200,10 +200,8 @@ def scenes(tmp_path):
     from small_segmentors import make_runner, segmentor, segmentor_config
 
     rng = np.random.default_rng(0)
-    (tmp_path / 'data/img/test').mkdir(parents=True)
-    for i, size in enumerate(SIZES):
-        pixels = rng.integers(0, 60 + 60 * i, (*size, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f'data/img/test/{i}.png')
+    pictures = (rng.integers(0, 60 + 60 * i, (*size, 3)) for i, size in enumerate(SIZES))
+    save_images(tmp_path / 'data/img/test', pictures)
     pipeline = [dict(type=name) for name in ('LoadImageFromFile', 'LoadAnnotations', 'PackSegInputs')]
     data = dict(type='BaseSegDataset', data_root=str(tmp_path / 'data'), img_suffix='.png', pipeline=pipeline)
     data['data_prefix'] = dict(img_path='img/test', seg_map_path='nowhere')

@@ -19,13 +19,13 @@ pytest.importorskip('mmseg')
 
 import mmseg
 from mmseg.datasets import CityscapesDataset
+from small_segmentors import STREETS, small_street_scenes
 
 from deepmoe_plugin.mmseg import SparseInferenceHook
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / 'tools'
 CITYSCAPES = ROOT / 'configs/mmseg/drn50_cityscapes.py'
-STREETS = ROOT / 'configs/mmseg/deepmoe_resnet18_street_scenes.py'
 MMSEG_TRAIN = Path(mmseg.__file__).parent / '.mim/tools/train.py'
 
 Run = Callable[..., None]
@@ -45,33 +45,13 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.fixture(scope='module')
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('scenes')
-    size = ('--width', '128', '--height', '64')
-    command = [sys.executable, str(TOOLS / 'street_scenes.py'), str(folder), '--train', '4', '--val', '2', *size]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
+def small_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_street_scenes(tmp_path_factory.mktemp('scenes'))
 
 
 @pytest.fixture(scope='module')
-def small_config(scenes: Path) -> Path:
-    """The config of the quick start with a network, images and a schedule that take a second."""
-    path = scenes / 'small.py'
-    loader = f'num_workers=0, persistent_workers=False, dataset=dict(data_root={str(scenes)!r})'
-    path.write_text(
-        f'_base_ = {str(STREETS)!r}\n'
-        'model = dict(backbone=dict(widen=0.25), data_preprocessor=dict(size=(64, 64)))\n'
-        f'train_dataloader = dict(batch_size=2, {loader})\n'
-        f'val_dataloader = dict({loader})\n'
-        f'test_dataloader = dict({loader})\n'
-        'train_cfg = dict(max_iters=4, val_interval=4)\n'
-        'default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=1))\n'
-        'crop_size = (64, 64)\n'
-        'train_pipeline = [dict(step, crop_size=crop_size) if step.type == "RandomCrop" else step\n'
-        '                  for step in _base_.train_pipeline]\n'
-        'train_dataloader["dataset"]["pipeline"] = train_pipeline\n'
-    )
-    return path
+def scenes(small_config: Path) -> Path:
+    return small_config.parent
 
 
 @pytest.fixture(scope='module')

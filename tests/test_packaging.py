@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -41,12 +42,22 @@ def test_index_of_mim_lists_every_config() -> None:
     assert sorted(listed) == sorted((ROOT / 'configs/mmseg').glob('*.py'))
 
 
-def test_wheel_holds_configs_types_and_licence(tmp_path: Path) -> None:
+def build(kind: str, source: Path, folder: Path) -> Path:
+    """Build a `wheel` or an `sdist` of `source` in `folder`."""
     pytest.importorskip('hatchling')
-    command = [sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob('*.whl')
-    names = set(zipfile.ZipFile(wheel).namelist())
+    command = [sys.executable, '-m', 'hatchling', 'build', '-t', kind, '-d', str(folder)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True)
+    (file,) = folder.iterdir()
+    return file
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    return zipfile.ZipFile(build('wheel', ROOT, tmp_path_factory.mktemp('wheel')))
+
+
+def test_wheel_holds_configs_types_and_licence(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
     configs = {
         str(path.relative_to(ROOT)) for path in (ROOT / 'configs').rglob('*.*') if '__pycache__' not in str(path)
     }
@@ -54,3 +65,12 @@ def test_wheel_holds_configs_types_and_licence(tmp_path: Path) -> None:
     assert {'deepmoe_plugin/py.typed', 'deepmoe_command.py'} <= names
     assert any(name.endswith('licenses/LICENSE') for name in names)
     assert not any(name.startswith(('tools/', 'tests/')) for name in names)
+
+
+def test_sdist_builds_the_same_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    with tarfile.open(build('sdist', ROOT, tmp_path / 'sdist')) as archive:
+        archive.extractall(tmp_path / 'sources', filter='data')
+    (sources,) = (tmp_path / 'sources').iterdir()
+    other = zipfile.ZipFile(build('wheel', sources, tmp_path / 'wheel'))
+    assert sorted(other.namelist()) == sorted(wheel.namelist())
+    assert [name for name in wheel.namelist() if other.read(name) != wheel.read(name)] == []

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from image_folders import save_images
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -48,10 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for split, count in (('train', 24), ('val', 4)):
         for label in range(4):
-            (folder / 'data' / split / str(label)).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 128, (32, 32, 3)) + 30 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / 'data' / split / str(label) / f'{i}.png')
+            pictures = (rng.integers(0, 128, (32, 32, 3)) + 30 * label for _ in range(count))
+            save_images(folder / 'data' / split / str(label), pictures)
     return folder
 
 

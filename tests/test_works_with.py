@@ -56,6 +56,28 @@ def unet() -> None:
     same(deepmoe_plugin.sparsify(model)(x), model.eval()(x))
 
 
+def smp_strides(name: str, depth: int = 5, in_channels: int = 3, **kwargs: Any) -> list[int]:
+    """Strides of the levels of an encoder of segmentation_models.pytorch, which must be those that it announces."""
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    encoder = smp.encoders.get_encoder(f'tu-{name}', in_channels, depth, weights=None, **kwargs).eval()
+    with torch.inference_mode():
+        levels = encoder(torch.rand(1, in_channels, 64, 64))
+    assert [level.shape[1] for level in levels] == list(encoder.out_channels)
+    strides = [64 // level.shape[2] for level in levels]
+    assert strides[-1] == encoder.output_stride
+    return strides
+
+
+def smp_encoders() -> None:
+    strides = [1, 2, 4, 8, 16, 32]
+    for name in ('narrow_deepmoe_resnet18', 'narrow_deepmoe_vgg11_bn', 'narrow_deepmoe_convnext_atto'):
+        for depth, in_channels in ((3, 1), (5, 4)):
+            assert smp_strides(name, depth, in_channels) == strides[: depth + 1]
+    for name in ('narrow_deepmoe_resnet18', 'narrow_deepmoe_convnext_atto'):
+        for stride in (8, 16):
+            assert smp_strides(name, output_stride=stride) == [min(stride, s) for s in strides]
+
+
 def lightning() -> None:
     lightning = pytest.importorskip('lightning')
 
@@ -274,6 +296,19 @@ LINES = (
         note='terms by `gating_terms`',
     ),
     Line(F, 'segmentation_models.pytorch: encoders `tu-...deepmoe...`', unet, note='terms by `gating_terms`'),
+    Line(
+        F,
+        'segmentation_models.pytorch: its own tests of encoders',
+        smp_encoders,
+        note='all but that of `torch.jit.script`; VGGs take no `encoder_output_stride`, as those of timm',
+    ),
+    Line(
+        F,
+        'segmentation_models.pytorch: `tu-...deepmoe_drn_a_50`',
+        lambda: smp_strides('narrow_deepmoe_drn_a_50'),
+        'Unsupported model downsampling pattern',
+        'it wants stride 32; use `tu-...deepmoe_resnet50` with `encoder_output_stride=8`, the same network',
+    ),
     Line(F, 'anomalib: `TimmFeatureExtractor`, of a name and of a module', anomalib),
     Line(F, 'transformers: `TimmWrapperForImageClassification`', transformers, note='terms by `gating_terms`'),
     Line(F, 'torchvision: `create_feature_extractor`', extractor),

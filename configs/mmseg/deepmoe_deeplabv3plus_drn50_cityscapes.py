@@ -4,7 +4,7 @@ model = dict(
         gated=True,
         widen=2,
         target_kept=0.5,
-        target_steps=16000,  # a fifth of the training, which leaves the rest to the network that the budget is met with
+        target_steps=16000,  # a fifth of the training; in the rest, the network trains at its final budget
         init_cfg=dict(checkpoint='torchvision://wide_resnet50_2'),
     )
 )

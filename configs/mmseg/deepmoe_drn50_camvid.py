@@ -1,4 +1,4 @@
 _base_ = './wide_drn50_camvid.py'
-# The budget falls during the first fifth of the training, which leaves the rest to the network that it is met with.
+# The budget falls during the first fifth of the training; in the rest, the network trains at its final budget.
 model = dict(backbone=dict(gated=True, target_kept=0.5, target_steps=2000))
 custom_hooks = [*_base_.custom_hooks, dict(type='DeepMoELossHook')]

@@ -40,5 +40,5 @@ def beyond(args: argparse.Namespace) -> tuple[Figure, Rows]:
 
 
 def _percent(flags: Tensor) -> float:
-    """NaN without any."""
+    """Share of the flags that are set, in percent; NaN without flags."""
     return 100 * flags.double().mean().item()

@@ -10,8 +10,8 @@ and the network trains with these gates, taught by the dense one. The output fol
 experts that each class keeps (experts.png). --baselines trains others as long, on the same images and with the same
 teacher.
 
-Training images of up to 64 pixels are padded by an eighth of it and cut at random, as is usual for CIFAR; larger ones
-are cut as timm does it. All are mirrored at random.
+Training images of up to 64 pixels are padded by an eighth of their side and cut at random, as is usual for CIFAR.
+Larger ones get timm's random crops. All are mirrored at random.
 
 The name of an mmseg config in the place of a network compresses a segmentor: `deepmoe compress CONFIG --help`.
 """
@@ -46,7 +46,7 @@ from ..network import DeepMoE, freeze_gating
 from ..stats import gate_statistics
 from ..terms import term_sources
 from ..warm_start import warm_start
-from .compression import GROUPS, RAMP, add_recipe_arguments, check_recipe, each_budget, target_of, write_table
+from .compression import GROUPS, RAMP, TEMPERATURE, add_recipe, check_recipe, each_budget, target_of, write_table
 from .configs import find_config
 from .evaluate import evaluate
 from .figures import draw_experts, draw_times
@@ -59,11 +59,11 @@ from .timm_options import HONOURED
 BASELINES = ('dense', 'torch-pruning')
 # Dense networks whose gated twin has a name of its own; of all others it is `narrow_deepmoe_NAME`.
 _TWINS = {'wide_resnet50_2': 'wide_deepmoe_resnet50', 'wide_resnet101_2': 'wide_deepmoe_resnet101'}
-TEMPERATURE = 4.0
 CALIBRATION_BATCHES = 16
+"""Training batches that the last threshold is set on."""
 SMALL = 64
 """Images up to this side are padded by an eighth of it and cut at random, as CIFAR's usually are. timm enlarges its
-crops, which blurs small images, and gates see that."""
+crops, which blurs small images, and the gates would react to the blur."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     parser.add_argument('--channels-last', action='store_true', help='memory format of the networks')
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
     parser.add_argument('--output', type=Path, default=Path('output/compress'), help='folder (default: %(default)s)')
-    add_recipe_arguments(parser, BASELINES)
+    add_recipe(parser, BASELINES)
     parser.add_argument(
         '--time',
         nargs='*',
@@ -278,7 +278,7 @@ class Budget:
             pruning_ratio=1.0,
             iterative_steps=steps,
             ignored_layers=ignored,
-            max_pruning_ratio=0.9,
+            max_pruning_ratio=0.9,  # no layer vanishes
         )
         for _ in range(steps):
             pruner.step()
@@ -298,7 +298,7 @@ def train(
 
     Args:
         loader: training images.
-        plain: training images as they are tested, which the last threshold is set on.
+        plain: training images, prepared as in tests; the last threshold is set on them.
     """
     device = torch.device(args.device)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -362,7 +362,7 @@ def train(
 
 
 def calibrate(model: DeepMoE, loader: DataLoader) -> None:
-    """Set the threshold once more, on more images than one batch, and on images as they are tested."""
+    """Set the threshold once more: in training it follows single batches, and their images are augmented."""
     budget = model.gating.budget
     assert budget is not None
     batches = [images for _, (images, _) in zip(range(CALIBRATION_BATCHES), loader, strict=False)]
@@ -370,7 +370,7 @@ def calibrate(model: DeepMoE, loader: DataLoader) -> None:
 
 
 def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-    """Write the state beside the old one and exchange them, so that a killed run leaves one or the other."""
+    """Write the state beside the old one and exchange them, so that a killed run leaves one of the two complete."""
     state = {
         'model': model.state_dict(),
         'optimizer': optimizer.state_dict(),

@@ -4,9 +4,9 @@
     deepmoe compress resnet18_camvid --checkpoint output/dense/iter_1000.pth --macs 0.5
 
 The config names a segmentor whose backbone is one of this package, with gates or without. It is trained by its own
-schedule, in mmengine's Runner, with the dense segmentor as the teacher. The gates start at what the experts are worth
-and at which images use them (deepmoe_plugin.warm_start), a threshold closes the least useful experts until the average
-image costs the budget, and the last iterations train with the gates as they then are (stage 2).
+schedule, in mmengine's Runner, with the dense segmentor as the teacher. The gates start from what each expert is worth
+and from which images use it (deepmoe_plugin.warm_start). A threshold closes the least useful experts until the average
+image costs the budget, and the last iterations train with frozen gates (stage 2).
 
 The work dir gets config and weights (compressed.py, compressed.pth), a table (results.md, results.json) and a picture
 of the experts that images of each class keep (experts.png). MACs are those of the backbone, gating network included.
@@ -39,12 +39,12 @@ from ..mmseg.hooks.compress_hook import CompressHook, Stages, Teacher
 from ..mmseg.hooks.loss_hook import class_presence
 from ..network import find_deepmoe
 from ..stats import join_kept, kept_experts
-from .compression import GROUPS, RAMP, add_recipe_arguments, check_recipe, each_budget, target_of, write_table
+from .compression import GROUPS, RAMP, TEMPERATURE, add_recipe, check_recipe, each_budget, target_of, write_table
 from .figures import draw_experts
 from .segmentation import check_data, check_types, load_config, segmentor_parser
 
 NOMINAL = (224, 224)
-"""Image size that the budget is a fraction of the MACs at: the fraction hardly changes with it."""
+"""Image size at which the MACs of the budget are counted: their fraction hardly depends on it."""
 BASELINES = ('dense',)
 _OURS = ('DeepMoELossHook', 'DeepMoEFinetuneHook')
 _run_numbers = itertools.count()
@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         '--checkpoint', required=True, help='of the trained dense segmentor, as `deepmoe train` writes it'
     )
     parser.add_argument('--output', dest='work_dir', help='the same as --work-dir')
-    add_recipe_arguments(parser, BASELINES)
+    add_recipe(parser, BASELINES)
     return parser, parser.parse_args(argv)
 
 
@@ -150,7 +150,7 @@ class Segmentors:
         return Runner.from_cfg(config)
 
     def train_dense(self, folder: Path) -> Runner:
-        """Train the dense segmentor as long, with the same teacher."""
+        """Train the dense segmentor for as long as the gated one, with the same teacher."""
         return self._train(self.dense, folder, CompressHook(self.weights, self._teacher()))
 
     def train_gated(self, folder: Path) -> Runner:
@@ -166,7 +166,7 @@ class Segmentors:
         return runner
 
     def _teacher(self) -> Teacher | None:
-        return Teacher(self.teacher, self.args.distill) if self.args.distill else None
+        return Teacher(self.teacher, self.args.distill, TEMPERATURE) if self.args.distill else None
 
 
 def _twins(config: Config) -> tuple[Config, Config]:

@@ -14,8 +14,10 @@ from ..warm_start import DYNAMIC
 
 RAMP = 0.2
 """Share of the training in which the budget falls from everything to the target, before stage 2."""
+TEMPERATURE = 4.0
+"""Logits are divided by it before the network is compared with its teacher (Hinton et al. 2015)."""
 GROUPS = 8
-"""Latent experts of the gated network, each of which is a group of images that keep the same."""
+"""Latent experts of the gated network: each stands for a group of images that keep the same experts."""
 _SHARES = {
     'kept_experts': 'kept experts (%)',
     'dynamic_experts': 'dynamic (%)',
@@ -26,7 +28,7 @@ _SHARES = {
 _UNITS = {'MMACs': 1e3, 'GMACs': 1.0}
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, baselines: Sequence[str]) -> None:
+def add_recipe(parser: argparse.ArgumentParser, baselines: Sequence[str]) -> None:
     """Add the arguments of the recipe; `check_recipe` checks them."""
     parser.add_argument(
         '--macs',

@@ -13,7 +13,8 @@ from ..sparse.fold import eval_view, fold_norm
 from ..stats import gate_statistics
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""Largest difference from the masked network, over its largest output. What leaves out a part differs by far more."""
+"""Largest difference from the masked network, over its largest output: a network that leaves out a part differs by far
+more."""
 
 
 class SyntheticGates(nn.Module):
@@ -39,15 +40,15 @@ class SyntheticGates(nn.Module):
         self.draw()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'SyntheticGates':
-        return self  # a copy of the network gets what is drawn as well
+        return self  # copies of the network share the gates that are drawn
 
     def draw(self) -> None:
-        """Choose the experts of the next repetition."""
+        """Draw the experts that the next repetition keeps."""
         gates = []
         size = self.experts_per_gate
         for width, count in zip(self.widths, self.counts, strict=True):
-            chosen = torch.rand(self.batch, width // size).argsort(1).argsort(1) < count // size
-            values = chosen * torch.empty(self.batch, width // size).uniform_(0.5, 1.5)
+            kept = torch.rand(self.batch, width // size).argsort(1).argsort(1) < count // size
+            values = kept * torch.empty(self.batch, width // size).uniform_(0.5, 1.5)
             gates.append(values.repeat_interleave(size, dim=1).to(self.device))
         self.current[:] = gates
 
@@ -107,7 +108,7 @@ def random_experts(widths: Sequence[int], counts: Sequence[int], experts_per_gat
 
 
 def thinned(network: nn.Module, kept: Sequence[Tensor]) -> Any:
-    """A copy of a network, gated or dense, that has some of its experts only."""
+    """A copy of a network, gated or dense, that has only the kept experts."""
     network = copy.deepcopy(network)
     leave_only(network, kept)
     return network

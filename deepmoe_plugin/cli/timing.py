@@ -20,6 +20,8 @@ from .peers import check_same, folded
 
 TORCH = 'torch'
 SPARSE = 'sparse'
+WAYS = (TORCH, *ENGINES)
+"""What dense networks can run on."""
 REPEATS, WARMUP = 40, 5
 TIMED_BATCHES, TIMED_IMAGES = 16, 40
 
@@ -45,8 +47,8 @@ def time_of_an_image(
     """Time networks on the same images, one after the other in each repetition.
 
     Args:
-        networks: gated ones run sparsely, without gathered weights of earlier images; dense ones run on torch, with
-            norms folded and in the memory format that suits them, and on the engines, of which the fastest counts.
+        networks: gated ones run sparsely, and gather the weights of each image anew; dense ones run on torch, with
+            norms folded and in their fastest memory format, and on the engines. The fastest of these counts.
         images: each of shape (1, in_chans, H, W); the repetitions take them in turn.
         engines: names of those to try, of `ENGINES` or 'torch'.
 
@@ -129,7 +131,3 @@ def time_rows(
         'dtype': 'float32',
         'versions': versions,
     }
-
-
-WAYS = (TORCH, *ENGINES)
-"""What dense networks can run on."""

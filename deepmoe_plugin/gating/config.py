@@ -26,8 +26,8 @@ class GatingConfig(SpecialisationConfig):
     num_latent_experts: int = 64
     """K, length of the latent mixture weights `e`."""
     experts_per_gate: int = 1
-    """Neighbouring channels of a layer that share a gate (ours; the paper has 1). With 8, 16 or 32, what an image keeps
-    fills the vector registers of a processor. It must divide the width of every gated layer."""
+    """Neighbouring channels of a layer that share a gate (ours; the paper has 1). With 8, 16 or 32, the channels that
+    an image keeps fill the vector registers of a processor. It must divide the width of every gated layer."""
     gate_loss_weight: float | None = None
     """lambda of Eq. 7; by default 1, and 0 with a target or when gating is frozen."""
     embed_loss_weight: float = 0.0

@@ -1,4 +1,4 @@
-"""The budget curve: which threshold of the gates spends how much; so a checkpoint knows all of its budgets (ours)."""
+"""The budget curve: what images spend at each threshold, so that a checkpoint knows all of its budgets (ours)."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,8 +13,8 @@ POINTS = 65
 class BudgetCurve(nn.Module):
     """Thresholds and what the average of some images spends at each: part of the state dict.
 
-    All zeros as long as nobody has measured it; training the gates makes it so again. The fractions fall with the
-    threshold, in steps of at most 1/64 of the experts kept at threshold zero.
+    It is all zeros until it is measured, and again once the gates have trained. The fractions fall as the threshold
+    rises, in steps of at most 1/64 of the experts kept at threshold zero.
     """
 
     points: Tensor
@@ -26,7 +26,7 @@ class BudgetCurve(nn.Module):
 
     @torch.no_grad()
     def measure(self, preact: Tensor, spent: Callable[[Tensor], Tensor]) -> None:
-        """Take the curve of some images.
+        """Measure the curve on some images.
 
         Args:
             preact: `W e` of the images, (B, N).

@@ -6,13 +6,13 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 class FrozenNorm(_NormBase):
-    """A batch norm that is no batch norm by type, with the norm's own parameters and buffers under their names.
+    """Stands in for a batch norm under a type of its own, with the parameters and buffers of the norm.
 
     Recalibration (`torch.optim.swa_utils.update_bn`, Lightning's weight averaging) resets every batch norm that it
     finds and counts on training mode to fill its statistics again. A frozen one would keep what the reset left.
 
     Args:
-        norm: keeps sharing its tensors, so that `unfreeze_norms` can put it back.
+        norm: shares its tensors with this module, so that `unfreeze_norms` can put it back.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:

@@ -20,7 +20,7 @@ def is_gate_matrix() -> Callable[[Tensor], bool]:
 
 
 class GateHeads(nn.Module):
-    """One linear gate head per gated layer, kept as rows of a single matrix so that all gates cost one product.
+    """One linear gate head for each gated layer, all in the rows of one matrix, so that all gates cost one product.
 
     `weight` has shape (gates, K): the rows of gated layer l follow those of layer l - 1. Rows start at random around
     one, with a mean of exactly one. The embedding starts at the even mixture, 1/K for every image, so that all gates
@@ -29,8 +29,8 @@ class GateHeads(nn.Module):
 
     Args:
         widths: experts of each gated layer, in the order in which the network runs them.
-        experts_per_gate: neighbouring experts that share a gate; divides every width. Here alone gates become gates of
-            experts: `W e` has a column for each expert, whose gates are equal.
+        experts_per_gate: neighbouring experts that share a gate; divides every width. Only this class maps gates to
+            experts: `W e` has a column for each expert, and those of experts that share a gate are equal.
     """
 
     threshold: Tensor

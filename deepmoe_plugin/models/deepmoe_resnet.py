@@ -20,6 +20,24 @@ from .registration import SMALL_IMAGE_EMBEDDING, Base, register_family
 Gates = list[Tensor] | None
 
 
+def add_shortcut(block: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
+    """What timm's blocks do between their last norm and their last activation.
+
+    Args:
+        block: a `BasicBlock` or a `Bottleneck`.
+        x: output of the last norm, (B, C, H, W).
+        shortcut: input of the block.
+    """
+    if block.se is not None:
+        x = block.se(x)
+    if block.drop_path is not None:
+        x = block.drop_path(x)
+    if block.downsample is not None:
+        shortcut = block.downsample(shortcut)
+    x += shortcut
+    return x
+
+
 class GatedBasicBlock(BasicBlock):
     """timm's basic block with its inner activation gated (Fig. 2a)."""
 
@@ -32,14 +50,7 @@ class GatedBasicBlock(BasicBlock):
         x = self.drop_block(self.bn1(self.conv1(x)))
         x = self.aa(self.act1(x, gates[self.first_gate]))
         x = self.bn2(self.conv2(x))
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        x += shortcut
-        return self.act2(x)
+        return self.act2(add_shortcut(self, x, shortcut))
 
 
 class GatedBottleneck(Bottleneck):
@@ -61,14 +72,7 @@ class GatedBottleneck(Bottleneck):
         x = self.drop_block(self.bn2(self.conv2(x)))
         x = self.aa(self.act2(x, gates[self.first_gate + int(self.gate_inner)]))
         x = self.bn3(self.conv3(x))
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        x += shortcut
-        return self.act3(x)
+        return self.act3(add_shortcut(self, x, shortcut))
 
 
 class GatedStage(nn.Sequential):

@@ -17,16 +17,15 @@ from ...network import find_deepmoe
 from ...warm_start import warm_start
 from .lookup import model_of, network_of
 
-TEMPERATURE = 4.0
 SCENES = 32
 """Training images that the last threshold is set on."""
 
 
 class Stages(NamedTuple):
-    """Of the training of a gated segmentor.
+    """Where the training of a gated segmentor changes.
 
     Attributes:
-        ramp: share of it in which the budget falls to the target.
+        ramp: share of the training in which the budget falls to the target.
         begin: epochs or iterations before stage 2.
         by_epoch: whether `begin` counts epochs.
         dynamic_experts: share of the experts that depend on the image, for `warm_start`.
@@ -44,11 +43,13 @@ class Teacher:
     Args:
         segmentor: the trained one.
         weight: of the divergence, from 0 to 1; the losses on the labels get the rest.
+        temperature: the logits of both are divided by it.
     """
 
-    def __init__(self, segmentor: Any, weight: float) -> None:
+    def __init__(self, segmentor: Any, weight: float, temperature: float) -> None:
         self.segmentor = segmentor.eval().requires_grad_(False)
         self.weight = weight
+        self.temperature = temperature
         self._logits: Tensor | None = None
 
     def teach(self, model: Any) -> None:
@@ -80,22 +81,22 @@ class Teacher:
             if 'loss' in name and name.startswith('decode.'):
                 losses[name] = (1 - self.weight) * value
         divergence = F.kl_div(
-            (logits / TEMPERATURE).log_softmax(1),
-            (wanted / TEMPERATURE).log_softmax(1),
+            (logits / self.temperature).log_softmax(1),
+            (wanted / self.temperature).log_softmax(1),
             log_target=True,
             reduction='none',
         )
-        losses['loss_distill'] = self.weight * TEMPERATURE**2 * divergence.sum(1).mean()
+        losses['loss_distill'] = self.weight * self.temperature**2 * divergence.sum(1).mean()
 
 
 class CompressHook(Hook):
-    """Starts a segmentor from dense weights, with gates that know them.
+    """Starts a segmentor from dense weights, warms up its gates, and sets their last threshold.
 
     Args:
         weights: state dict of the trained dense segmentor.
         teacher: if there is one.
-        stages: of a gated segmentor. Its gates are warmed up and then stay as they are, but for the threshold. The last
-            one is set on images as they are tested, before stage 2 or at the end.
+        stages: of a gated segmentor. After the warm start only the threshold of its gates changes. The last threshold
+            is set before stage 2 or at the end, on training images that are prepared as in tests.
     """
 
     priority = 'ABOVE_NORMAL'  # the threshold is set before DeepMoEFinetuneHook freezes the gates

@@ -1,4 +1,4 @@
-# What all schedules share. The gate heads are spared weight decay: it would close gates whose loss wants them open.
+# What all schedules share. The gate heads have no weight decay: it would close gates that the loss keeps.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', momentum=0.9),
