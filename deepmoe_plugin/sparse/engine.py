@@ -17,7 +17,7 @@ from ..plain import is_plain
 from . import program
 from .conv import WeightCache
 from .fold import eval_view, fingerprint
-from .gating import NativeGating, has_native_form, suits
+from .gating import NativeGating, suits, trace_of
 from .interpret import Interpreter
 from .operations import Trace
 from .plan import LIMIT
@@ -57,7 +57,7 @@ class Executor:
         self.view, self.trace, self.settings, self.cache = view, found, settings, cache
         self.widths = expert_widths(view, view.expert_layers)
         self._fits = program.fits(found)
-        self._gating_fits = has_native_form(view.gating)
+        self._gating_trace = trace_of(view.gating)
         self._lock = threading.Lock()
         self._program: program.Program | None = None
         self._interpreter: Interpreter | None = None
@@ -65,8 +65,8 @@ class Executor:
 
     def run(self, x: Tensor, wanted: Sequence[str]) -> list[Tensor]:
         """The wanted values of the trace, for images (B, C, H, W); kept experts are those of the network."""
-        if self._gating_fits and self._runs_natively(x) and suits(x):
-            packed = self.gating()(x)
+        if self._gating_trace is not None and suits(x) and self._runs_natively(x):
+            packed = self.gating(self._gating_trace)(x)
             if packed is not None:
                 return self.native().run_packed(x, packed, wanted)
         return self.run_gated(x, self.view.gating(x), wanted)
@@ -80,11 +80,11 @@ class Executor:
     def _runs_natively(self, x: Tensor) -> bool:
         return self._fits and program.available(x) and x.dtype == next(self.view.parameters()).dtype
 
-    def gating(self) -> NativeGating:
-        """The gating network in native code, made at the first call."""
+    def gating(self, found: Trace) -> NativeGating:
+        """The gating network in native code, made of its trace at the first call."""
         with self._lock:
             if self._gating is None:
-                self._gating = NativeGating(self.view.gating)
+                self._gating = NativeGating(self.view.gating, found)
             return self._gating
 
     def native(self) -> program.Program:

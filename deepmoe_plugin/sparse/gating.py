@@ -19,21 +19,22 @@ from .program import Program
 from .trace import is_convolution
 
 TOLERANCE = 1e-5
-"""Distance of `W e` from the threshold, relative to the largest weight of the gate, below which torch decides. It is five
-times what both differ by where they differ most, which is where an image is nearly of one latent expert only."""
+"""Distance of `W e` from the threshold, relative to the largest weight of the gate, below which torch decides. That is
+five times what both differ by where they differ most: for images that are nearly of one latent expert only."""
 
 
 class NativeGating:
     """The gates that a `GatingNetwork` gives, in float32, to rounding; which experts are kept is what torch decides.
 
     Args:
-        gating: one of which `has_native_form` holds, in evaluation mode; its weights are read here.
+        gating: in evaluation mode.
+        trace: of it; weights are read here.
     """
 
-    def __init__(self, gating: GatingNetwork) -> None:
+    def __init__(self, gating: GatingNetwork, trace: Trace) -> None:
         self.gating = gating
         self.experts_per_gate = gating.gates.experts_per_gate
-        self.program = Program(Trace(operations_of(gating), 'image', 'preact', {}, {}, {}, gating), [])
+        self.program = Program(trace, [])
         self.threshold = np.float32(gating.gates.threshold.item())
         self.tolerances = gating.gates.weight.detach().abs().amax(1).numpy() * np.float32(TOLERANCE)
 
@@ -52,32 +53,18 @@ class NativeGating:
         return gates if self.experts_per_gate == 1 else gates.repeat(self.experts_per_gate, axis=1)
 
 
-def has_native_form(gating: Any) -> bool:
-    """Whether a gating network is as it was built, in float32, so that native code may compute in its place."""
-    if not _is_own(gating, GatingNetwork):
-        return False
-    embedding, heads = gating.embedding, gating.gates
-    if not (_is_own(embedding, ShallowEmbedding) and _is_own(heads, GateHeads)):
-        return False
-    layers: Any = list(embedding.layers) if is_plain(embedding.layers, nn.Sequential) else []
-    tensors = [*embedding.parameters(), heads.weight, heads.threshold]
-    return (
-        bool(layers)
-        and all(is_plain(layer, nn.Sequential) and list(layer._modules) == ['conv', 'norm', 'act'] for layer in layers)
-        and all(is_convolution(part.conv) and folds(part.norm) and is_plain(part.act, nn.ReLU) for part in layers)
-        and is_plain(embedding.mixture, nn.Linear)
-        and all(tensor.dtype == torch.float32 and tensor.device.type == 'cpu' for tensor in tensors)
-        and bool(heads.weight.isfinite().all())
-    )
-
-
 def suits(x: Any) -> bool:
     """Whether these images are of the kind that native code finds gates for."""
     return isinstance(x, Tensor) and x.dtype == torch.float32 and program.available(x) and not is_traced(x)
 
 
-def operations_of(gating: GatingNetwork) -> list[Operation]:
-    """What leads from the value `image` to `preact`, which is `W e`, (B, gates, 1, 1)."""
+def trace_of(gating: nn.Module) -> Trace | None:
+    """What leads from the value `image` to `preact`, which is `W e`, (B, gates, 1, 1).
+
+    None if the gating network is not as it was built, or not in float32: torch then must run it.
+    """
+    if not isinstance(gating, GatingNetwork) or not _is_as_built(gating):
+        return None
     embedding, heads = gating.embedding, gating.gates
     operations: list[Operation] = []
     value = 'image'
@@ -87,13 +74,33 @@ def operations_of(gating: GatingNetwork) -> list[Operation]:
         value = name
     rows = nn.Linear(heads.weight.shape[1], len(heads.weight), bias=False, device='meta')
     rows.weight = heads.weight
-    return [
-        *operations,
+    operations += [
         Average([value], 'features'),
         Convolve(['features'], 'logits', conv=embedding.mixture),
         Softmax(['logits'], 'mixture'),
         Convolve(['mixture'], 'preact', conv=rows),
     ]
+    trace = Trace(operations, 'image', 'preact', {}, {}, {}, gating)
+    return trace if program.fits(trace) else None
+
+
+def _is_as_built(gating: GatingNetwork) -> bool:
+    embedding, heads = gating.embedding, gating.gates
+    kinds = [(gating, GatingNetwork), (embedding, ShallowEmbedding), (heads, GateHeads)]
+    if not all(_is_own(module, kind) for module, kind in kinds) or not is_plain(embedding.layers, nn.Sequential):
+        return False
+    tensors = [*embedding.parameters(), heads.weight, heads.threshold]
+    return (
+        all(
+            is_plain(layer, nn.Sequential) and [*layer._modules] == ['conv', 'norm', 'act']
+            for layer in embedding.layers
+        )
+        and all(is_convolution(layer.conv) and folds(layer.norm) for layer in embedding.layers)
+        and all(is_plain(layer.act, nn.ReLU) for layer in embedding.layers)
+        and is_plain(embedding.mixture, nn.Linear)
+        and all(tensor.dtype == torch.float32 and tensor.device.type == 'cpu' for tensor in tensors)
+        and bool(heads.weight.isfinite().all())
+    )
 
 
 def _is_own(module: Any, kind: type[nn.Module]) -> bool:

@@ -490,7 +490,7 @@ class Schedule:
         return [self._given(name, found[name]) for name in self.wanted]
 
     def _frame(self, groups: 'Groups') -> '_Frame':
-        """What native code reads; where groups are always alike, that of the call before, if memory lies where it did."""
+        """What native code reads: where groups are always alike, as in the call before if memory lies where it did."""
         threads = torch.get_num_threads()
         memory = _rooms.take(64 + self.arena_bytes + max(2, threads) * self.pack_bytes + groups.lists_bytes)
         start = _round_up(memory.data_ptr(), 64)
