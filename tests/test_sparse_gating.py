@@ -117,6 +117,17 @@ def test_close_calls_are_left_to_torch(batch: int) -> None:
 
 
 @torch.no_grad()
+def test_many_gates_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(4)
+    model = with_threshold('cifar', x)
+    num_gates = len(model.gating.gates.weight)
+    for limit in (4 * num_gates, 4 * num_gates - 1):
+        monkeypatch.setattr('deepmoe_plugin.sparse.gating.MAX_GATES', limit)
+        assert (native_gates(model, x) is None) is (limit < 4 * num_gates)
+        assert_exact(model, x)
+
+
+@torch.no_grad()
 def test_gates_without_weights_are_closed_for_sure() -> None:
     """Their `W e` is the threshold itself, which is no close call."""
     model = network('cifar')

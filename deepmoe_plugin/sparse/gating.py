@@ -22,6 +22,10 @@ TOLERANCE = 1e-5
 """Distance of `W e` from the threshold, relative to the largest weight of the gate, below which torch decides. That is
 five times what both differ by where they differ most: for images that are nearly of one latent expert only."""
 
+MAX_GATES = 2**13
+"""Gates of all images together, at most: of more, some are often too close to the threshold, so that torch has to find
+them all the same, and what is won is little beside what such networks or batches take."""
+
 
 class NativeGating:
     """The gates that a `GatingNetwork` gives, in float32, to rounding; which experts are kept is what torch decides.
@@ -45,11 +49,12 @@ class NativeGating:
             ValueError: see `GatingNetwork.forward`.
         """
         self.gating.check_images(x)
-        preact = self.program.run(x, [], ['preact'])[0].flatten(1).numpy()
-        above = preact - self.threshold
-        if not (np.abs(above) >= self.tolerances).all():  # too close to tell, or no numbers
+        if len(x) * len(self.tolerances) > MAX_GATES:
             return None
-        gates = np.where(above > 0, preact, np.float32(0))
+        preact = self.program.run(x, [], ['preact'])[0].flatten(1).numpy()
+        if not (np.abs(preact - self.threshold) >= self.tolerances).all():  # too close to tell, or no numbers
+            return None
+        gates = np.where(preact > self.threshold, preact, np.float32(0))
         return gates if self.experts_per_gate == 1 else gates.repeat(self.experts_per_gate, axis=1)
 
 
