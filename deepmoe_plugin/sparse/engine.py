@@ -56,7 +56,7 @@ class Executor:
     def __init__(self, view: Any, found: Trace, settings: Settings, cache: WeightCache) -> None:
         self.view, self.trace, self.settings, self.cache = view, found, settings, cache
         self.widths = expert_widths(view, view.expert_layers)
-        self._fits = program.fits(found)
+        self._fits, self._dtype = program.fits(found), next(view.parameters()).dtype
         self._gating_trace = trace_of(view.gating)
         self._lock = threading.Lock()
         self._program: program.Program | None = None
@@ -78,7 +78,7 @@ class Executor:
         return self.by_torch().run(x, gates, wanted)
 
     def _runs_natively(self, x: Tensor) -> bool:
-        return self._fits and program.available(x) and x.dtype == next(self.view.parameters()).dtype
+        return self._fits and program.available(x) and x.dtype == self._dtype
 
     def gating(self, found: Trace) -> NativeGating:
         """The gating network in native code, made of its trace at the first call."""

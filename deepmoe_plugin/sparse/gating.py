@@ -59,8 +59,8 @@ class NativeGating:
 
 
 def suits(x: Any) -> bool:
-    """Whether these images are of the kind that native code finds gates for."""
-    return isinstance(x, Tensor) and x.dtype == torch.float32 and program.available(x) and not is_traced(x)
+    """Whether native code may find the gates of these images, if it runs on them at all."""
+    return isinstance(x, Tensor) and x.dtype == torch.float32 and not is_traced(x)
 
 
 def trace_of(gating: nn.Module) -> Trace | None:
