@@ -340,3 +340,13 @@ def test_damaged_gates_are_refused() -> None:
     model.gating.gates.weight[5, 3] = torch.inf
     with pytest.raises(ValueError, match='weight is not finite'):
         deepmoe_plugin.sparsify(model)(images())
+
+
+@torch.no_grad()
+def test_a_gating_network_of_another_number_type_is_refused_alike() -> None:
+    model = network('cifar').bfloat16()
+    model.gating.float()
+    x = images(dtype=torch.bfloat16)
+    for run in (model, deepmoe_plugin.sparsify(model)):
+        with pytest.raises(RuntimeError, match='type'):
+            run(x)
