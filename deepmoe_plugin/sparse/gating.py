@@ -18,9 +18,9 @@ from .operations import Average, Convolve, Operation, Softmax, Trace
 from .program import Program
 from .trace import is_convolution
 
-TOLERANCE = 1e-5
-"""Distance of `W e` from the threshold, relative to the largest weight of the gate, below which torch decides. That is
-five times what both differ by where they differ most: for images that are nearly of one latent expert only."""
+TOLERANCE = 5e-7
+"""Distance of `W e` from the threshold below which torch decides, relative to the largest weight of the gate, and to one
+plus the largest logit of the mixture, with which rounding errors grow. Both differ by a fifth of it at most."""
 
 MAX_GATES = 2**13
 """Gates of all images together, at most: of more, some are often too close to the threshold, so that torch has to find
@@ -51,8 +51,9 @@ class NativeGating:
         self.gating.check_images(x)
         if len(x) * len(self.tolerances) > MAX_GATES:
             return None
-        preact = self.program.run(x, [], ['preact'])[0].flatten(1).numpy()
-        if not (np.abs(preact - self.threshold) >= self.tolerances).all():  # too close to tell, or no numbers
+        logits, preact = (value.flatten(1).numpy() for value in self.program.run(x, [], ['logits', 'preact']))
+        scale = 1 + np.abs(logits).max(axis=1, keepdims=True)
+        if not (np.abs(preact - self.threshold) >= scale * self.tolerances).all():  # too close to tell, or no numbers
             return None
         gates = np.where(preact > self.threshold, preact, np.float32(0))
         return gates if self.experts_per_gate == 1 else gates.repeat(self.experts_per_gate, axis=1)
