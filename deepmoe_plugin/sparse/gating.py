@@ -18,9 +18,10 @@ from .operations import Average, Convolve, Operation, Softmax, Trace
 from .program import Program
 from .trace import is_convolution
 
-TOLERANCE = 5e-7
-"""Distance of `W e` from the threshold below which torch decides, relative to the largest weight of the gate, and to one
-plus the largest logit of the mixture, with which rounding errors grow. Both differ by a fifth of it at most."""
+TOLERANCE = 1e-6
+"""Distance of `W e` from the threshold below which torch decides, relative to the largest weight of the gate and to one
+plus the largest logit of the mixture, with which rounding errors grow. In random networks, both differ by a tenth of it,
+and by a quarter at most."""
 
 MAX_GATES = 2**13
 """Gates of all images together, at most: of more, some are often too close to the threshold, so that torch has to find
