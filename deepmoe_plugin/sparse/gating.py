@@ -20,8 +20,8 @@ from .trace import is_convolution
 
 TOLERANCE = 1e-6
 """Distance of `W e` from the threshold below which torch decides, relative to the largest weight of the gate and to one
-plus the largest logit of the mixture, with which rounding errors grow. In random networks, both differ by a tenth of it,
-and by a quarter at most."""
+plus the largest logit of the mixture, with which rounding errors grow. In random networks, both differ by a tenth
+of it, and by a quarter at most."""
 
 MAX_GATES = 2**13
 """Gates of all images together, at most: of more, some are often too close to the threshold, so that torch has to find
