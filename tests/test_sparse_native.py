@@ -22,7 +22,18 @@ from torch import Tensor, nn
 import deepmoe_plugin
 from deepmoe_plugin.models.deepmoe_convnext import GatedResponseNorm
 from deepmoe_plugin.sparse import build, program
-from deepmoe_plugin.sparse.operations import Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
+from deepmoe_plugin.sparse.operations import (
+    Average,
+    Convolve,
+    Depthwise,
+    Norms,
+    Operation,
+    Pool,
+    Respond,
+    Scale,
+    Softmax,
+    Trace,
+)
 from deepmoe_plugin.sparse.program import OPERATIONS, VALUES, PackedWeight, Program
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason='needs a C++ compiler and the OpenMP library of GNU')
@@ -230,6 +241,41 @@ def test_pooling_scaling_and_widening(window: tuple[int, int, int], dtype: torch
     assert close(run(operations, x, gates, 'c'), pooling(a * gate, *window), dtype)
     d = np.pad(pooling(given, *window), ((0, 0), (0, 4), (0, 0), (0, 0)))
     assert close(run(operations, x, gates, 'd'), d, dtype)
+
+
+@torch.no_grad()
+@dtypes
+@pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7))])
+@pytest.mark.parametrize('channels', [1, 5, 16, 75])
+def test_averages_and_softmax(channels: int, batch: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    conv, after = random_conv(3, channels, dtype), random_conv(channels, channels, dtype)
+    x = torch.randn(batch, 3, *size).to(dtype)
+    operations = [
+        Convolve(['x'], 'a', conv=conv),
+        Average(['a'], 'b'),
+        Softmax(['a'], 'c'),
+        Convolve(['b'], 'd', conv=after),
+        Convolve(['c'], 'e', conv=after),
+    ]
+    a = convolution(x.double().numpy(), *arrays(conv), conv)
+    b = a.mean((2, 3), keepdims=True)
+    powers = np.exp(a)
+    c = powers / powers.sum(1, keepdims=True)
+    assert close(run(operations, x, [], 'b'), b, dtype)
+    assert close(run(operations, x, [], 'c'), c, dtype)
+    assert close(run(operations, x, [], 'd'), convolution(b, *arrays(after), after), dtype)
+    assert close(run(operations, x, [], 'e'), convolution(c, *arrays(after), after), dtype)
+
+
+@torch.no_grad()
+def test_softmax_of_large_numbers() -> None:
+    conv = random_conv(3, 3, torch.float32, **GEOMETRIES['1x1'], bias=False)
+    conv.weight.copy_(torch.eye(3)[:, :, None, None])
+    x = torch.tensor([1000.0, 999.0, -1000.0])[None, :, None, None]
+    assert close(
+        run([Convolve(['x'], 'a', conv=conv), Softmax(['a'], 'b')], x, [], 'b'), x.softmax(1).numpy(), torch.float32
+    )
 
 
 @torch.no_grad()

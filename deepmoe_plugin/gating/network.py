@@ -105,7 +105,7 @@ class GatingNetwork(nn.Module):
         """The gates of all layers side by side, shape (B, N)."""
         checked = not is_traced(x)
         if checked:
-            self._check_images(x)
+            self.check_images(x)
             self._stay_frozen()
         if not self.gates.widths:
             return x.new_zeros((x.shape[0], 0))
@@ -181,7 +181,13 @@ class GatingNetwork(nn.Module):
                 if parameter.requires_grad and isinstance(parameter, nn.Parameter):  # not what torch.func puts there
                     parameter.requires_grad_(False)
 
-    def _check_images(self, x: Any) -> None:
+    def check_images(self, x: Any) -> None:
+        """Check that images are what the network takes.
+
+        Raises:
+            TypeError: they are no tensor.
+            ValueError: they have the wrong shape, channels, type or size.
+        """
         if not isinstance(x, Tensor):
             raise TypeError(f'Expected images as a tensor, got a {type(x).__name__}: use torch.as_tensor.')
         if x.ndim != 4:

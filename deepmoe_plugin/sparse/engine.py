@@ -17,6 +17,7 @@ from ..plain import is_plain
 from . import program
 from .conv import WeightCache
 from .fold import eval_view, fingerprint
+from .gating import NativeGating, suits, trace_of
 from .interpret import Interpreter
 from .operations import Trace
 from .plan import LIMIT
@@ -55,20 +56,36 @@ class Executor:
     def __init__(self, view: Any, found: Trace, settings: Settings, cache: WeightCache) -> None:
         self.view, self.trace, self.settings, self.cache = view, found, settings, cache
         self.widths = expert_widths(view, view.expert_layers)
-        self._fits = program.fits(found)
+        self._fits, self._dtype = program.fits(found), next(view.parameters()).dtype
+        self._gating_trace = trace_of(view.gating)
         self._lock = threading.Lock()
         self._program: program.Program | None = None
         self._interpreter: Interpreter | None = None
+        self._gating: NativeGating | None = None
 
     def run(self, x: Tensor, wanted: Sequence[str]) -> list[Tensor]:
-        """The wanted values of the trace, for images (B, C, H, W); gates are those of the network, to the last bit."""
+        """The wanted values of the trace, for images (B, C, H, W); kept experts are those of the network."""
+        if self._gating_trace is not None and suits(x) and self._runs_natively(x):
+            packed = self.gating(self._gating_trace)(x)
+            if packed is not None:
+                return self.native().run_packed(x, packed, wanted)
         return self.run_gated(x, self.view.gating(x), wanted)
 
     def run_gated(self, x: Tensor, gates: Sequence[Tensor], wanted: Sequence[str]) -> list[Tensor]:
         """The same with given gates, each (B, C_l)."""
-        if self._fits and program.available(x) and x.dtype == next(self.view.parameters()).dtype:
+        if self._runs_natively(x):
             return self.native().run(x, gates, wanted)
         return self.by_torch().run(x, gates, wanted)
+
+    def _runs_natively(self, x: Tensor) -> bool:
+        return self._fits and program.available(x) and x.dtype == self._dtype
+
+    def gating(self, found: Trace) -> NativeGating:
+        """The gating network in native code, made of its trace at the first call."""
+        with self._lock:
+            if self._gating is None:
+                self._gating = NativeGating(self.view.gating, found)
+            return self._gating
 
     def native(self) -> program.Program:
         """The native program, made at the first call."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..gating.frozen import FrozenNorm
 from ..plain import BATCH_NORMS, REMEDY, is_plain, oddity
 
 Module = TypeVar('Module', bound=nn.Module)
@@ -29,6 +30,11 @@ def geometry_of(conv: Any) -> Geometry:
     return Geometry(conv.kernel_size, conv.padding, conv.stride, conv.dilation)
 
 
+def folds(norm: Any) -> bool:
+    """Whether a norm can be folded: a batch norm that keeps running statistics."""
+    return is_plain(norm, *BATCH_NORMS, FrozenNorm) and norm.running_mean is not None
+
+
 def fold_norm(conv: Any, norm: Any, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weight (O, I, kh, kw) and bias (O,) of the convolution that computes `norm(conv(x)) * factors`.
 
@@ -46,7 +52,7 @@ def fold_norm(conv: Any, norm: Any, factors: Tensor | None = None) -> tuple[Tens
     weight = weight[:, :, None, None] if isinstance(conv, nn.Linear) else weight
     bias = torch.zeros_like(weight[:, 0, 0, 0]) if conv.bias is None else conv.bias.detach().double()
     if norm is not None and not isinstance(norm, nn.Identity):
-        if not is_plain(norm, *BATCH_NORMS) or norm.running_mean is None:
+        if not folds(norm):
             raise ValueError(
                 f'Sparse execution folds norms into convolutions, which {type(norm).__name__} does not allow: '
                 'create the model with a batch norm that keeps running statistics.'

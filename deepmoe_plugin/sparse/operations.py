@@ -107,6 +107,16 @@ class Scale(Operation):
 
 
 @dataclasses.dataclass
+class Average(Operation):
+    """The mean over all positions of each channel. Gating networks have it, which are no part of a trace."""
+
+
+@dataclasses.dataclass
+class Softmax(Operation):
+    """Channels to positive ones that sum to one. Gating networks have it."""
+
+
+@dataclasses.dataclass
 class Call(Operation):
     """Anything else, by torch.
 

@@ -9,6 +9,7 @@ Longer than other files: records, schedule and groups are one description, that 
 
 import ctypes
 import dataclasses
+import functools
 import itertools
 import math
 import threading
@@ -25,7 +26,7 @@ from . import build
 from .conv import out_size
 from .fold import geometry_of
 from .memory import Workspace, buffer
-from .operations import Call, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Trace
+from .operations import Average, Call, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Softmax, Trace
 from .parts import Part, cut, reads_of
 from .plan import LIMIT, partition
 
@@ -40,7 +41,7 @@ MAX_INPUTS = 2**14
 MAX_SCHEDULES = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
-CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE, NORMS, RESPOND = range(8)
+CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE, NORMS, RESPOND, AVERAGE, SOFTMAX = range(10)
 ACTIVATIONS = ('', 'relu', 'gelu')
 VALUES = np.dtype([(name, np.int64) for name in ('data', 'image_bytes', 'height', 'width', 'channels', 'layer', 'pad')])
 OPERATIONS = np.dtype(
@@ -214,8 +215,13 @@ class Program:
 
     def run(self, x: Tensor, gates: Sequence[Tensor], wanted: Sequence[str]) -> list[Tensor]:
         """The wanted values, all channels, for images (B, C, H, W) and their gates, each (B, C_l)."""
+        packed = torch.cat(list(gates), 1).detach().float() if gates else torch.zeros(len(x), 0)
+        return self.run_packed(x, packed.numpy(), wanted)
+
+    def run_packed(self, x: Tensor, gates: np.ndarray, wanted: Sequence[str]) -> list[Tensor]:
+        """The same with the gates of all layers side by side, (B, N), float32, contiguous."""
         if not len(x):
-            one = self.run(x.new_zeros(1, *x.shape[1:]), [gate.new_ones(1, gate.shape[1]) for gate in gates], wanted)
+            one = self.run_packed(x.new_zeros(1, *x.shape[1:]), np.ones((1, gates.shape[1]), np.float32), wanted)
             return [value[:0] for value in one]
         key = (x.shape, tuple(wanted))
         with self._lock:
@@ -231,7 +237,7 @@ class Program:
 class Schedule:
     """A program for images of one shape: see `Program.run`."""
 
-    def __init__(self, program: Program, x: Tensor, gates: Sequence[Tensor], wanted: Sequence[str]) -> None:
+    def __init__(self, program: Program, x: Tensor, gates: np.ndarray, wanted: Sequence[str]) -> None:
         self.program = program
         self.batch, self.dtype, self.pair = len(x), x.dtype, 4 // x.element_size()
         self.image = program.trace.image
@@ -241,14 +247,15 @@ class Schedule:
         found = cut(program.trace, program.widths.tolist(), wanted)
         self.wanted, self.separate = found.wanted, found.separate
         self.steps: list[list[Part] | Call] = []  # parts that one native call runs, or a call of torch
-        self._fill(found.steps, x[:1], [gate[:1] for gate in gates])
+        self._fill(found.steps, x[:1], gates[:1])
         self.parts = [part for step in self.steps if isinstance(step, list) for part in step]
         self.values = [name for name in self.layers if name in self.shapes and name != self.image]
         self.numbers = {name: i for i, name in enumerate(self.values)}
         rows = [self._row(op) for part in self.parts for op in part.operations]
         self.operations = np.array([tuple(row.values()) for row in rows], dtype=OPERATIONS)
         self._place()
-        self.groups = self._alone() if self.batch == 1 else None
+        self.groups = self._alone() if self.batch == 1 or not len(program.widths) else None
+        self._frames = threading.local()
         # Convolutions, and their gated layers, whose weights for all experts are still missing.
         layers = self.table['layer'][self.operations['output']]
         convolves = (self.operations['kind'] == CONVOLVE) & (self.operations['weight'] == 0)
@@ -256,7 +263,7 @@ class Schedule:
 
     # ---------------------------------------------------------------------------------- operations and shapes
 
-    def _fill(self, steps: Sequence[Part | Call], x: Tensor, gates: Sequence[Tensor]) -> None:
+    def _fill(self, steps: Sequence[Part | Call], x: Tensor, gates: np.ndarray) -> None:
         """Find the shapes of all values, by running the calls once, and bring in the images."""
         results: dict[str, Any] = {self.image: x}
         for step in steps:
@@ -315,7 +322,7 @@ class Schedule:
         if isinstance(op, Convolve):
             size = out_size((height, width), *op.geometry)
             return Shape(num_outputs(op.conv), *size)
-        if isinstance(op, Norms):
+        if isinstance(op, Norms | Average):
             return Shape(channels, 1, 1)
         if isinstance(op, Depthwise) and op.conv is not None:
             return Shape(channels, *out_size((height, width), *geometry_of(op.conv)))
@@ -326,8 +333,9 @@ class Schedule:
     def _zeros(self, name: str) -> Tensor:
         return torch.zeros(1, *self.shapes[name], dtype=self.dtype)
 
-    def _called(self, op: Call, found: dict[str, Any], gates: Sequence[Tensor]) -> Any:
-        return op.run(self.program.trace, found, gates)
+    def _called(self, op: Call, found: dict[str, Any], gates: np.ndarray) -> Any:
+        each = torch.from_numpy(gates).split(self.program.widths.tolist(), 1)
+        return op.run(self.program.trace, found, each)
 
     # -------------------------------------------------------------------------------------------------- table
 
@@ -345,8 +353,8 @@ class Schedule:
                 row.update(rows=weight.rows.data_ptr(), rows_bytes=weight.rows.nbytes)
             if op.residual:
                 row['residual'] = self.numbers[op.residual]
-        elif isinstance(op, Norms):
-            row['kind'] = NORMS
+        elif isinstance(op, Norms | Average | Softmax):
+            row['kind'] = NORMS if isinstance(op, Norms) else AVERAGE if isinstance(op, Average) else SOFTMAX
         elif isinstance(op, Respond):
             rows = self.program.response_weights[op.output]
             row.update(kind=RESPOND, residual=self.numbers[op.inputs[1]])
@@ -402,7 +410,7 @@ class Schedule:
                 start = max(start, high)
             taken.append((begin, end, start, start + length))
             table[i]['data'] = start
-        self.inside = np.array([i not in self.outside for i in range(len(self.values))])
+        self.inside = np.array([i not in self.outside for i in range(len(self.values))], dtype=np.int64)
         self.arena_bytes = max((high for *_, high in taken), default=0)
         gathered = [
             self.program.weights[self.values[row['output']]].block_bytes
@@ -450,11 +458,10 @@ class Schedule:
 
     # ---------------------------------------------------------------------------------------------------- run
 
-    def run(self, x: Tensor, gates: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, x: Tensor, gates: np.ndarray) -> list[Tensor]:
         """The wanted values, in order."""
         program = self.program
-        packed = torch.cat(list(gates), 1).float().contiguous() if gates else x.new_zeros(len(x), 0)
-        kept = (packed > 0).numpy()
+        kept = gates > 0
         counts = np.zeros((len(x), 0), dtype=np.int64)
         if len(program.widths):
             counts = np.add.reduceat(kept, program.layer_starts[:-1], axis=1, dtype=np.int64)
@@ -462,51 +469,37 @@ class Schedule:
             if many.any():
                 kept = kept | np.repeat(many, program.widths, axis=1)
                 counts = np.where(many, program.widths, counts)
-        groups = self.groups or self._choose_groups(kept)
-        masks = groups.masks(kept)
-        self._fill_weights(masks)
-        threads = torch.get_num_threads()
-        rooms_bytes = max(2, threads) * self.pack_bytes
-        memory = _rooms.take(64 + self.arena_bytes + rooms_bytes + groups.lists_bytes)
-        start = _round_up(memory.data_ptr(), 64)
-        rooms = start + self.arena_bytes
-        values = self.table.copy()
-        values['data'][self.inside] += start
+        frame = self._frame(self.groups or self._choose_groups(kept))
+        frame.masks[: self.batch] = kept
+        self._fill_weights(frame.masks)
         found: dict[str, Any] = {self.image: x}
         for i in self.outside:
             if self.values[i] in self.wanted:
-                found[self.values[i]] = self._allocate(self.values[i], values[i])
-        table = groups.table.copy()
-        table['lists'] += rooms + rooms_bytes
-        table['masks'] += masks.ctypes.data
-        header = _Header(
-            values=values.ctypes.data,
-            operations=self.operations.ctypes.data,
-            groups=table.ctypes.data,
-            num_groups=len(table),
-            images=groups.images.ctypes.data,
-            batch=self.batch,
-            layer_starts=program.layer_starts.ctypes.data,
-            num_layers=len(program.widths),
-            gates=packed.data_ptr(),
-            source=x.data_ptr(),
-            source_strides=x.stride(),
-            rooms=rooms,
-            room_bytes=self.pack_bytes,
-            pack_bytes=self.pack_bytes,
-            num_threads=threads,
-            is_bfloat16=self.pair == 2,
-        )
+                found[self.values[i]] = self._allocate(self.values[i], frame.values[i])
+        header = frame.header
+        header.gates, header.source, header.source_strides = gates.ctypes.data, x.data_ptr(), x.stride()
         first = 0
         for step in self.steps:
             if isinstance(step, Call):
-                self._call(step, found, values, memory, start, gates, counts)
+                self._call(step, found, frame, gates, counts)
                 continue
-            header.parts = groups.parts[first:].ctypes.data
+            header.parts = frame.parts + first * PARTS.itemsize
             header.num_parts = len(step)
             first += len(step)
             _run(program.library, header)
         return [self._given(name, found[name]) for name in self.wanted]
+
+    def _frame(self, groups: 'Groups') -> '_Frame':
+        """What native code reads: where groups are always alike, as in the call before if memory lies where it did."""
+        threads = torch.get_num_threads()
+        memory = _rooms.take(64 + self.arena_bytes + max(2, threads) * self.pack_bytes + groups.lists_bytes)
+        start = _round_up(memory.data_ptr(), 64)
+        frame: _Frame | None = getattr(self._frames, 'last', None)
+        if frame is None or groups is not self.groups or (frame.start, frame.header.num_threads) != (start, threads):
+            frame = _Frame(self, groups, threads, start)
+            if groups is self.groups:
+                self._frames.last = frame
+        return frame
 
     def _given(self, name: str, value: Tensor) -> Tensor:
         """A value for the caller, without what lies around its rows."""
@@ -518,10 +511,10 @@ class Schedule:
         row['data'] = memory.data_ptr()
         return self._tensor(name, memory)
 
-    def _view(self, name: str, memory: Tensor, start: int) -> Tensor:
+    def _view(self, name: str, frame: '_Frame') -> Tensor:
         """A value in planned memory as a tensor."""
-        row = self.table[self.numbers[name]]
-        offset = start - memory.data_ptr() + int(row['data'])
+        memory, row = _rooms.memory, self.table[self.numbers[name]]
+        offset = frame.start - memory.data_ptr() + int(row['data'])
         return self._tensor(name, memory[offset : offset + self.batch * int(row['image_bytes'])])
 
     def _tensor(self, name: str, memory: Tensor) -> Tensor:
@@ -532,30 +525,19 @@ class Schedule:
         strides = (len(flat) // self.batch, 1, (width + pad) * pitch, pitch)
         return flat.as_strided((self.batch, channels, height, width), strides, flat.storage_offset() + pad * pitch)
 
-    def _call(
-        self,
-        op: Call,
-        found: dict[str, Any],
-        values: np.ndarray,
-        memory: Tensor,
-        start: int,
-        gates: Sequence[Tensor],
-        counts: np.ndarray,
-    ) -> None:
+    def _call(self, op: Call, found: dict[str, Any], frame: '_Frame', gates: np.ndarray, counts: np.ndarray) -> None:
         """Let torch run an operation."""
-        inputs = {n: found[n] if n in found else self._view(n, memory, start) for n in op.inputs}
+        inputs = {n: found[n] if n in found else self._view(n, frame) for n in op.inputs}
         if op.each:
-            self._call_each(op, next(iter(inputs.values())), self._view(op.output, memory, start), counts)
+            self._call_each(op, next(iter(inputs.values())), self._view(op.output, frame), counts)
             return
         result = self._called(op, inputs, gates)
         number = self.numbers.get(op.output)
         if number is None:
             found[op.output] = result
             return
-        values[number]['data'] = 0
-        kept = self._allocate(
-            op.output, values[number]
-        )  # in the order that native code reads, and nobody else's memory
+        # In the order that native code reads, and nobody else's memory.
+        kept = self._allocate(op.output, frame.values[number])
         kept.copy_(result)
         found[op.output] = kept
 
@@ -634,22 +616,71 @@ class Groups:
         self.table = np.array(rows, dtype=GROUPS)
         self.parts = np.array(parts, dtype=PARTS)
 
-    def masks(self, kept: np.ndarray) -> np.ndarray:
-        """What the groups' offsets count in: which experts images keep, and groups of several."""
-        return np.ascontiguousarray(np.concatenate([kept, np.stack(self.unions)]) if self.unions else kept)
+
+class _Frame:
+    """What native code reads of a batch: tables with addresses in the memory of a thread.
+
+    Args:
+        schedule: of the images.
+        groups: of the images.
+        threads: that the program runs on.
+        start: of the thread's memory.
+
+    Attributes:
+        values, table: of the schedule and of the groups.
+        masks: which experts images keep, to be filled in, and groups of several.
+        parts: where those of the groups lie.
+        header: all but what belongs to one call.
+    """
+
+    def __init__(self, schedule: Schedule, groups: Groups, threads: int, start: int) -> None:
+        program = schedule.program
+        rooms = start + schedule.arena_bytes
+        self.start = start
+        self.masks = np.empty((schedule.batch + len(groups.unions), int(program.layer_starts[-1])), dtype=np.bool_)
+        if groups.unions:
+            self.masks[schedule.batch :] = groups.unions
+        self.values = schedule.table.copy()
+        self.values['data'] += start * schedule.inside
+        self.table = groups.table.copy()
+        self.table['lists'] += rooms + max(2, threads) * schedule.pack_bytes
+        self.table['masks'] += self.masks.ctypes.data
+        self.groups = groups
+        self.parts = groups.parts.ctypes.data
+        self.header = _Header(
+            values=self.values.ctypes.data,
+            operations=schedule.operations.ctypes.data,
+            groups=self.table.ctypes.data,
+            num_groups=len(self.table),
+            images=groups.images.ctypes.data,
+            batch=schedule.batch,
+            layer_starts=program.layer_starts.ctypes.data,
+            num_layers=len(program.widths),
+            rooms=rooms,
+            room_bytes=schedule.pack_bytes,
+            pack_bytes=schedule.pack_bytes,
+            num_threads=threads,
+            is_bfloat16=schedule.pair == 2,
+        )
+
+
+@functools.cache
+def _entries(library: Any) -> tuple[int, int, int]:
+    """Where the native program starts, and OpenMP's functions for the number of a thread and of all threads."""
+    openmp = build.openmp()
+    functions = library.deepmoe_run, openmp.omp_get_thread_num, openmp.omp_get_num_threads
+    start, number, count = map(build.address_of, functions)
+    return start, number, count
 
 
 def _run(library: Any, header: _Header) -> None:
     """Run the native program on torch's threads."""
     header.tickets = (ctypes.c_int64 * 4)()  # the call before has left its own
-    openmp = build.openmp()
-    header.thread_number = build.address_of(openmp.omp_get_thread_num)
-    header.thread_count = build.address_of(openmp.omp_get_num_threads)
     if header.num_threads == 1:
         library.deepmoe_run(ctypes.byref(header))
     else:
-        entry = build.address_of(library.deepmoe_run)
-        openmp.GOMP_parallel(entry, ctypes.byref(header), header.num_threads, 0)
+        start, header.thread_number, header.thread_count = _entries(library)
+        build.openmp().GOMP_parallel(start, ctypes.byref(header), header.num_threads, 0)
 
 
 def _geometry(

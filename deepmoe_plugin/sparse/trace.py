@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 
 from ..activation import GatedActivation
 from ..models.deepmoe_convnext import GatedResponseNorm
-from ..plain import BATCH_NORMS, is_plain
-from .fold import eval_view, fold_norm
+from ..plain import is_plain
+from .fold import eval_view, fold_norm, folds
 from .operations import (
     Attribute,
     Call,
@@ -169,7 +169,7 @@ class _Lowering:
             self._lower_channels_last(node, module, first, conv)
         elif is_plain(module, *NOTHING):
             self._alias(node, first, conv)
-        elif _is_convolution(module):
+        elif is_convolution(module):
             self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
         elif _is_depthwise(module) and self.layers.get(self._value(first)) is None:
             self._emit(Depthwise([self._value(first)], node.name, conv=module))
@@ -311,7 +311,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _is_convolution(module: Any) -> bool:
+def is_convolution(module: Any) -> bool:
     """Whether a module is a convolution that has an operation of its own."""
     return (
         is_plain(module, nn.Conv2d)
@@ -339,7 +339,7 @@ def _is_layer_norm(module: Any, *kinds: type[nn.Module]) -> bool:
 def _is_norm(module: Any, conv: Convolve) -> bool:
     """Whether a module is a norm that can be folded into the convolution before it."""
     follows = not conv.activation and conv.residual is None and conv.layer is None
-    return follows and is_plain(module, *BATCH_NORMS) and module.running_mean is not None
+    return follows and folds(module)
 
 
 def _takes_factors(conv: Convolve) -> bool:

@@ -60,7 +60,7 @@ struct Value {
     }
 };
 
-enum Kind : int64_t { CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE, NORMS, RESPOND };
+enum Kind : int64_t { CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE, NORMS, RESPOND, AVERAGE, SOFTMAX };
 enum Activation : int64_t { NONE, RELU, GELU };
 
 struct Operation {

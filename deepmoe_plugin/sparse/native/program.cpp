@@ -12,6 +12,7 @@
 
 #include "channelwise.h"
 #include "convolution.h"
+#include "mixture.h"
 #include "simple.h"
 #include "team.h"
 
@@ -43,6 +44,9 @@ static void step(Team& team, const Operation& op, int64_t group, const Operation
     } else if (op.kind == NORMS || op.kind == RESPOND) {
         const Response<Number> response(team.program, op, group);
         together(response.items(), response);
+    } else if (op.kind == AVERAGE || op.kind == SOFTMAX) {
+        const Mixture<Number> mixture(team.program, op, group);
+        together(mixture.items(), mixture);
     } else {
         const Simple<Number> simple(team.program, op, group);
         together(simple.items(), simple);
