@@ -1,6 +1,7 @@
 """Native code of sparse execution on the CPU, beside plain NumPy that says what it computes.
 
-Tests run it with every address checked (see `build.CHECKED`).
+Tests run it with every address checked (see `build.CHECKED`). Longer than other files: every operation is compared with
+NumPy by the same few helpers.
 """
 
 import functools
