@@ -279,13 +279,14 @@ def _mixed(network: GatedNetwork, rank: Tensor, uses: Tensor, shares: Tensor, dy
     def gates(weight: float) -> Tensor:
         return _spend_alike(network, 1 + SPREAD * (rank[:, None] + weight * uses))
 
+    if network.gating.budget is None:
+        return gates(IMAGE_SHARE)
     low, high = LEAST, MOST
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         heads = gates(middle)
         last = _threshold(network, heads[:, 0])
-        if last is None:
-            return gates(IMAGE_SHARE)
+        assert last is not None  # there is a budget
         too_few = dynamic_share((heads > last).float() @ shares, 1) < dynamic
         low, high = (middle, high) if too_few else (low, middle)
     return gates(high)

@@ -111,6 +111,14 @@ def test_without_stage_2_the_budget_is_known_at_the_end(folder, tmp_path):
     assert run(folder, tmp_path, '--macs', '0.6', '--stage2', '0', '--resume')['results'] == summary['results']
 
 
+def test_warm_start_gets_the_share_of_dynamic_experts(folder, tmp_path, monkeypatch):
+    shares = []
+    monkeypatch.setattr(compress, 'warm_start', lambda *_, dynamic_experts: shares.append(dynamic_experts))
+    monkeypatch.setattr(compress, 'train', lambda _name, model, *_: model.eval())
+    run(folder, tmp_path, '--dynamic-experts', '0.4')
+    assert shares == [0.4]
+
+
 def test_times_of_one_image(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, 'REPEATS', 3)
     monkeypatch.setattr(compress, 'train', lambda _name, model, *_: model.eval())

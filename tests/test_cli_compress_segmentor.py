@@ -66,7 +66,8 @@ def test_segmentor_spends_the_budget_and_can_be_tested(config, dense, tmp_path):
     assert json.loads(logged.splitlines()[-1])['mIoU'] == pytest.approx(gated['mIoU'])
 
 
-def test_gates_start_from_the_dense_network_and_are_warm(config, dense, tmp_path, monkeypatch):
+@pytest.mark.parametrize('dynamic', [0, 0.25])
+def test_gates_start_from_the_dense_network_and_are_warm(config, dense, tmp_path, monkeypatch, dynamic):
     started = {}
 
     def keep(runner, batch_idx, data_batch=None, outputs=None):
@@ -77,8 +78,9 @@ def test_gates_start_from_the_dense_network_and_are_warm(config, dense, tmp_path
         compress_hook.CompressHook, 'after_train_iter', lambda _self, *args, **kwargs: keep(*args, **kwargs)
     )
     with pytest.raises(KeyboardInterrupt):
-        run(config, dense, tmp_path)
+        run(config, dense, tmp_path, '--dynamic-experts', dynamic)
     assert (started['weight'].mean(1) - 1).abs().mean() > 0.05  # gates rank the experts
+    assert bool(started['weight'].std(1).max() > 0.01) is bool(dynamic)
 
 
 def test_range_of_budgets(config, dense, tmp_path):
