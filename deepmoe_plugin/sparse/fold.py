@@ -107,18 +107,21 @@ def fingerprint(module: nn.Module) -> Callable[[], bool]:
     held = [(part.__dict__[kind], key) for part in parts for kind in kinds for key in part.__dict__[kind]]
     holders, keys = [holder for holder, _ in held], [key for _, key in held]
     values = list(map(dict.get, holders, keys))
-    counted = [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
+    # Nothing reads `num_batches_tracked` in evaluation mode.
+    read = [value for value, key in zip(values, keys, strict=True) if key != 'num_batches_tracked']
+    counted = [value for value in read if isinstance(value, Tensor) and not value.is_inference()]
     moved = [value for value in values if isinstance(value, nn.Parameter)]  # by `.to`, which leaves the object
     version = operator.attrgetter('_version')
     versions, pointers = list(map(version, counted)), list(map(Tensor.data_ptr, moved))
-    hooked = list(map(len, hooks))
+    bare, hooked = [found for found in hooks if not found], [(found, len(found)) for found in hooks if found]
 
     def unchanged() -> bool:  # asked for every batch: loops in C
         return (
             all(map(operator.is_, map(dict.get, holders, keys), values))
             and list(map(version, counted)) == versions
             and list(map(Tensor.data_ptr, moved)) == pointers
-            and list(map(len, hooks)) == hooked
+            and not any(bare)
+            and all(len(found) == count for found, count in hooked)
         )
 
     return unchanged

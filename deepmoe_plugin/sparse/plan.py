@@ -127,23 +127,27 @@ class Segment:
         """Experts to compute in each layer when `counts`, (..., layers), are kept: repeated shapes reuse kernels."""
         return np.minimum(self._widths, np.maximum(self.steps, -(-counts // self.steps) * self.steps))
 
-    def cost(self, counts: np.ndarray, images: np.ndarray | int, positions: int) -> np.ndarray:
-        """Multiply-accumulates, gathering included, of groups that compute `counts` experts of each layer.
+    def cost(
+        self, counts: np.ndarray, images: np.ndarray | int, positions: int, gathers: bool = True
+    ) -> np.ndarray:
+        """Multiply-accumulates of groups that compute `counts` experts of each layer, shape (...).
 
         Args:
-            counts: shape (groups, layers).
-            images: number of images of each group.
+            counts: shape (..., layers).
+            images: number of images of each group, shape (...).
             positions: of the segment's input.
+            gathers: count the gathering too.
         """
         computed = self.rounded(counts)
         fractions = np.where(computed > np.array(self.limits) * self._widths, 1, computed / self._widths)
-        total = np.zeros(len(counts))
+        total = np.zeros(counts.shape[:-1])
         for reader in self.readers:
-            part = np.ones(len(counts))
+            part = np.ones(counts.shape[:-1])
             for layer in (reader.reads, reader.writes):
                 if layer is not None:
-                    part = part * fractions[:, layer]
-            total += part * reader.weights * (images * positions * reader.positions + GATHER_COST * (part < 1))
+                    part = part * fractions[..., layer]
+            gathering = GATHER_COST * (part < 1) if gathers else 0
+            total += part * reader.weights * (images * positions * reader.positions + gathering)
         return total
 
 
@@ -228,40 +232,58 @@ def _pays_ragged(segment: Segment, batch: RaggedBatch, positions: int) -> bool:
 
 
 def partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[list[int]]:
-    """Put each image into the group where it costs least, or into one of its own if that is cheaper."""
-    num_images = len(kept[0])
-    if num_images == 1:
+    """Put images into the group where they cost least, or into one of their own if that is cheaper.
+
+    Images that keep the same never part: nothing is gathered twice.
+    """
+    if len(kept[0]) == 1:
         return [[0]]
-    counts = np.stack([mask.sum(1) for mask in kept], axis=1)
-    alone = segment.cost(counts, 1, positions)
-    if not _any_pair_pays(segment, kept, counts, alone, positions):
-        return [[image] for image in range(num_images)]
-    ends = np.cumsum([0, *segment.widths])[:-1]
     flat = np.concatenate(kept, axis=1)
-    partition = [[0]]
+    alike: dict[bytes, list[int]] = {}
+    for image, row in enumerate(np.packbits(flat, axis=1)):
+        alike.setdefault(row.tobytes(), []).append(image)
+    members = list(alike.values())
+    if len(members) == 1:
+        return members
+    flat = flat[[images[0] for images in members]]
+    ends = np.cumsum([0, *segment.widths])[:-1]
+    counts = np.add.reduceat(flat, ends, axis=1, dtype=np.int64)
+    sizes = np.array([len(images) for images in members])
+    alone = segment.cost(counts, sizes, positions)
+    if not _any_pair_pays(segment, np.split(flat, ends[1:], axis=1), counts, sizes, alone, positions):
+        return members
+    partition = [members[0]]
     unions, costs = flat[:1].copy(), alone[:1].copy()
-    for image in range(1, num_images):
-        joined = unions | flat[image]
-        sizes = np.array([len(images) + 1 for images in partition])
-        together = segment.cost(np.add.reduceat(joined, ends, axis=1, dtype=np.int64), sizes, positions)
+    for number, images in enumerate(members[1:], start=1):
+        joined = unions | flat[number]
+        together = segment.cost(
+            np.add.reduceat(joined, ends, axis=1, dtype=np.int64),
+            np.array([len(group) for group in partition]) + len(images),
+            positions,
+        )
         best = int(np.argmin(together - costs))
-        if together[best] <= costs[best] + alone[image]:
-            partition[best].append(image)
+        if together[best] <= costs[best] + alone[number]:
+            partition[best] = sorted(partition[best] + images)
             unions[best], costs[best] = joined[best], together[best]
         else:
-            partition.append([image])
-            unions, costs = np.append(unions, flat[image : image + 1], axis=0), np.append(costs, alone[image])
+            partition.append(images)
+            unions, costs = np.append(unions, flat[number : number + 1], axis=0), np.append(costs, alone[number])
     return partition
 
 
 def _any_pair_pays(
-    segment: Segment, kept: list[np.ndarray], counts: np.ndarray, alone: np.ndarray, positions: int
+    segment: Segment, kept: list[np.ndarray], counts: np.ndarray, sizes: np.ndarray, alone: np.ndarray, positions: int
 ) -> bool:
-    """Whether any two images cost less together than alone."""
-    first, second = np.triu_indices(len(counts), 1)
-    shared = [(mask := kept_in_layer.astype(np.float32)) @ mask.T for kept_in_layer in kept]
-    unions = counts[first] + counts[second] - np.stack([count[first, second] for count in shared], axis=1).astype(int)
-    return bool((segment.cost(unions, 2, positions) <= alone[first] + alone[second]).any())
+    """Whether any two groups, of so many images each, cost less together than alone."""
+    shared = np.stack([(mask := kept_in_layer.astype(np.float32)) @ mask.T for kept_in_layer in kept], axis=2)
+    unions = counts[:, None] + counts[None] - shared.astype(np.int64)
+    apart = ~np.eye(len(counts), dtype=bool)
+    # Products with the fewest experts that any two need are fewer than those of any two: most batches end here.
+    least = segment.cost(unions[apart].min(0)[None], 2, positions, gathers=False)[0]
+    if least > 2 * segment.cost(counts, 1, positions).max():
+        return False
+    together = segment.cost(unions, sizes[:, None] + sizes[None], positions)
+    return bool(((together <= alone[:, None] + alone[None]) & apart).any())
 
 
 def _choice(
