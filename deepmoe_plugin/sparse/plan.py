@@ -127,9 +127,7 @@ class Segment:
         """Experts to compute in each layer when `counts`, (..., layers), are kept: repeated shapes reuse kernels."""
         return np.minimum(self._widths, np.maximum(self.steps, -(-counts // self.steps) * self.steps))
 
-    def cost(
-        self, counts: np.ndarray, images: np.ndarray | int, positions: int, gathers: bool = True
-    ) -> np.ndarray:
+    def cost(self, counts: np.ndarray, images: np.ndarray | int, positions: int, gathers: bool = True) -> np.ndarray:
         """Multiply-accumulates of groups that compute `counts` experts of each layer, shape (...).
 
         Args:
@@ -236,31 +234,26 @@ def partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[
 
     Images that keep the same never part: nothing is gathered twice.
     """
-    if len(kept[0]) == 1:
-        return [[0]]
+    num_images = len(kept[0])
+    if num_images == 1 or all(mask.all() for mask in kept):
+        return [list(range(num_images))]
+    if _no_pair_pays(segment, kept, positions):
+        return [[image] for image in range(num_images)]
     flat = np.concatenate(kept, axis=1)
     alike: dict[bytes, list[int]] = {}
     for image, row in enumerate(np.packbits(flat, axis=1)):
         alike.setdefault(row.tobytes(), []).append(image)
     members = list(alike.values())
-    if len(members) == 1:
-        return members
     flat = flat[[images[0] for images in members]]
     ends = np.cumsum([0, *segment.widths])[:-1]
-    counts = np.add.reduceat(flat, ends, axis=1, dtype=np.int64)
-    sizes = np.array([len(images) for images in members])
-    alone = segment.cost(counts, sizes, positions)
-    if not _any_pair_pays(segment, np.split(flat, ends[1:], axis=1), counts, sizes, alone, positions):
-        return members
+    sizes = [len(images) for images in members]
+    alone = segment.cost(np.add.reduceat(flat, ends, axis=1, dtype=np.int64), np.array(sizes), positions)
     partition = [members[0]]
     unions, costs = flat[:1].copy(), alone[:1].copy()
     for number, images in enumerate(members[1:], start=1):
         joined = unions | flat[number]
-        together = segment.cost(
-            np.add.reduceat(joined, ends, axis=1, dtype=np.int64),
-            np.array([len(group) for group in partition]) + len(images),
-            positions,
-        )
+        counts = np.add.reduceat(joined, ends, axis=1, dtype=np.int64)
+        together = segment.cost(counts, np.array([len(group) for group in partition]) + len(images), positions)
         best = int(np.argmin(together - costs))
         if together[best] <= costs[best] + alone[number]:
             partition[best] = sorted(partition[best] + images)
@@ -271,19 +264,20 @@ def partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[
     return partition
 
 
-def _any_pair_pays(
-    segment: Segment, kept: list[np.ndarray], counts: np.ndarray, sizes: np.ndarray, alone: np.ndarray, positions: int
-) -> bool:
-    """Whether any two groups, of so many images each, cost less together than alone."""
-    shared = np.stack([(mask := kept_in_layer.astype(np.float32)) @ mask.T for kept_in_layer in kept], axis=2)
-    unions = counts[:, None] + counts[None] - shared.astype(np.int64)
-    apart = ~np.eye(len(counts), dtype=bool)
-    # Products with the fewest experts that any two need are fewer than those of any two: most batches end here.
-    least = segment.cost(unions[apart].min(0)[None], 2, positions, gathers=False)[0]
-    if least > 2 * segment.cost(counts, 1, positions).max():
-        return False
-    together = segment.cost(unions, sizes[:, None] + sizes[None], positions)
-    return bool(((together <= alone[:, None] + alone[None]) & apart).any())
+def _no_pair_pays(segment: Segment, kept: list[np.ndarray], positions: int) -> bool:
+    """Whether no two images cost less together than alone, found in as little time as most batches leave for it."""
+    shared = np.stack([(mask := kept_in_layer.astype(np.float32)) @ mask.T for kept_in_layer in kept])
+    counts = shared.diagonal(axis1=1, axis2=2)
+    unions = counts[:, :, None] + counts[:, None] - shared
+    each = np.arange(len(kept[0]))
+    unions[:, each, each] = np.inf
+    alone = segment.cost(counts.T, 1, positions)
+    # The products of any two are no fewer than with the fewest experts that any two need in each layer.
+    if segment.cost(unions.min((1, 2))[None], 2, positions, gathers=False)[0] > 2 * alone.max():
+        return True
+    first, second = np.triu_indices(len(alone), 1)
+    together = segment.cost(unions[:, first, second].T, 2, positions)
+    return bool((together > alone[first] + alone[second]).all())
 
 
 def _choice(

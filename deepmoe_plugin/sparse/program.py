@@ -56,7 +56,9 @@ OPERATIONS = np.dtype(
     ]
 )
 PARTS = np.dtype([(name, np.int64) for name in ('first', 'last', 'num_groups', 'first_group', 'group_major')])
-GROUPS = np.dtype([(name, np.int64) for name in ('first', 'count', 'first_layer', 'num_layers', 'lists', 'lists_bytes')])
+GROUPS = np.dtype(
+    [(name, np.int64) for name in ('first', 'count', 'first_layer', 'num_layers', 'lists', 'lists_bytes')]
+)
 KEPT_BYTES, MOVE_BYTES = 32, 16
 
 _rooms = Workspace()
@@ -452,7 +454,9 @@ class Schedule:
             if in_depth:  # where nothing is gathered, images alone do better: their activations stay in the cache
                 mine = kept[:, starts[layers.start] : starts[layers.stop]]
                 found = [
-                    part for images in found for part in ([[i] for i in images] if mine[images].all() else [images])
+                    own
+                    for images in found
+                    for own in ([[i] for i in images] if len(images) > 1 and mine[images].all() else [images])
                 ]
             chosen.append(found)
         groups = self.groups
@@ -526,7 +530,7 @@ class Schedule:
 
     def _allocate(self, name: str, row: Any) -> Tensor:
         # Zeros: rows may have some around them, and pixels behind the last channel, that torch does not write.
-        memory = torch.zeros(self.batch * int(row['image_bytes']), dtype=torch.uint8)
+        memory = torch.zeros(self.batch * int(row['image_bytes']) // self.dtype.itemsize, dtype=self.dtype)
         row['data'] = memory.data_ptr()
         return self._tensor(name, memory)
 
@@ -534,13 +538,12 @@ class Schedule:
         """A value in planned memory as a tensor."""
         memory, row = _rooms.memory, self.table[self.numbers[name]]
         offset = frame.start - memory.data_ptr() + int(row['data'])
-        return self._tensor(name, memory[offset : offset + self.batch * int(row['image_bytes'])])
+        return self._tensor(name, memory[offset : offset + self.batch * int(row['image_bytes'])].view(self.dtype))
 
-    def _tensor(self, name: str, memory: Tensor) -> Tensor:
+    def _tensor(self, name: str, flat: Tensor) -> Tensor:
         """A value as a tensor (B, C, H, W) that leaves out the zeros around the rows."""
         channels, height, width = self.shapes[name]
         pitch, pad = _round_up(channels, self.pair), self.pads.get(name, 0)
-        flat = memory.view(self.dtype)
         strides = (len(flat) // self.batch, 1, (width + pad) * pitch, pitch)
         return flat.as_strided((self.batch, channels, height, width), strides, flat.storage_offset() + pad * pitch)
 
