@@ -14,9 +14,10 @@ from .ragged import RaggedBatch, RaggedKept, rounded
 
 LIMIT = 0.8
 """Largest fraction of kept experts for which a layer runs on compact weights, without calibration."""
-GATHER_COST = 50
-"""Gathering a weight costs about as much as this many multiply-accumulates with it."""
-
+GATHER_COST, FAR_GATHER_COST, NEAR_WEIGHTS = 25, 75, 2**18
+"""Gathering a weight costs about as much as this many multiply-accumulates with it; more if the convolution has more
+weights than stay in the cache. Found on an EPYC (Zen 4) with 1 MiB for each core: 20 in wide ResNet-20; 75 to 100 on two
+threads that share the memory, in batches of ResNet-50 and VGG-16."""
 
 MIN_REUSE = 64
 """Multiply-accumulates per weight and image from which a batch runs ragged: with fewer, reading weights of its own for
@@ -144,7 +145,8 @@ class Segment:
             for layer in (reader.reads, reader.writes):
                 if layer is not None:
                     part = part * fractions[..., layer]
-            gathering = GATHER_COST * (part < 1) if gathers else 0
+            each = GATHER_COST if reader.weights <= NEAR_WEIGHTS else FAR_GATHER_COST
+            gathering = each * (part < 1) if gathers else 0
             total += part * reader.weights * (images * positions * reader.positions + gathering)
         return total
 
@@ -230,14 +232,21 @@ def _pays_ragged(segment: Segment, batch: RaggedBatch, positions: int) -> bool:
 
 
 def partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[list[int]]:
-    """Put images into the group where they cost least, or into one of their own if that is cheaper.
+    """Put images into the group where they cost least, or into one of their own if that is cheaper, or all into one.
 
     Images that keep the same never part: nothing is gathered twice.
     """
     num_images = len(kept[0])
+    everybody = [list(range(num_images))]
     if num_images == 1 or all(mask.all() for mask in kept):
-        return [list(range(num_images))]
-    if _no_pair_pays(segment, kept, positions):
+        return everybody
+    alone = segment.cost(np.stack([mask.sum(1) for mask in kept], axis=1), 1, positions)
+    all_together = segment.cost(np.array([[mask.any(0).sum() for mask in kept]]), num_images, positions)[0]
+    pair, whole = _best_pair(segment, kept, alone, positions), alone.sum() - all_together
+    # Where maps are small and some image keeps nearly every expert, all together may cost less than anything between.
+    if whole >= 0 and whole >= num_images * pair:
+        return everybody
+    if pair <= 0:
         return [[image] for image in range(num_images)]
     flat = np.concatenate(kept, axis=1)
     alike: dict[bytes, list[int]] = {}
@@ -246,8 +255,8 @@ def partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[
     members = list(alike.values())
     flat = flat[[images[0] for images in members]]
     ends = np.cumsum([0, *segment.widths])[:-1]
-    sizes = [len(images) for images in members]
-    alone = segment.cost(np.add.reduceat(flat, ends, axis=1, dtype=np.int64), np.array(sizes), positions)
+    sizes = np.array([len(images) for images in members])
+    alone = segment.cost(np.add.reduceat(flat, ends, axis=1, dtype=np.int64), sizes, positions)
     partition = [members[0]]
     unions, costs = flat[:1].copy(), alone[:1].copy()
     for number, images in enumerate(members[1:], start=1):
@@ -261,23 +270,22 @@ def partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[
         else:
             partition.append(images)
             unions, costs = np.append(unions, flat[number : number + 1], axis=0), np.append(costs, alone[number])
-    return partition
+    return everybody if all_together <= costs.sum() else partition
 
 
-def _no_pair_pays(segment: Segment, kept: list[np.ndarray], positions: int) -> bool:
-    """Whether no two images cost less together than alone, found in as little time as most batches leave for it."""
+def _best_pair(segment: Segment, kept: list[np.ndarray], alone: np.ndarray, positions: int) -> float:
+    """What any two images cost less together than `alone`, at most; 0 if they do not. Most batches need little time."""
     shared = np.stack([(mask := kept_in_layer.astype(np.float32)) @ mask.T for kept_in_layer in kept])
     counts = shared.diagonal(axis1=1, axis2=2)
     unions = counts[:, :, None] + counts[:, None] - shared
-    each = np.arange(len(kept[0]))
+    each = np.arange(len(alone))
     unions[:, each, each] = np.inf
-    alone = segment.cost(counts.T, 1, positions)
     # The products of any two are no fewer than with the fewest experts that any two need in each layer.
     if segment.cost(unions.min((1, 2))[None], 2, positions, gathers=False)[0] > 2 * alone.max():
-        return True
+        return 0
     first, second = np.triu_indices(len(alone), 1)
     together = segment.cost(unions[:, first, second].T, 2, positions)
-    return bool((together > alone[first] + alone[second]).all())
+    return max(0, (alone[first] + alone[second] - together).max())
 
 
 def _choice(

@@ -44,7 +44,7 @@ struct Kepts {            // of all layers of one group, laid out in memory that
             const int64_t width = starts[l + 1] - starts[l], layer = group.first_layer + l;
             Kept& kept = layers[l];
             kept = {0, 0, indices, moves};
-            const bool all = mark(layer, width, indices);
+            const bool all = mark(layer, width, indices) > program.most_kept[layer];
             for (int64_t c = 0; c < width; ++c) {  // the marks give way to the list
                 const bool is_kept = all || indices[c];
                 indices[kept.count] = (int32_t)c;
@@ -67,21 +67,16 @@ struct Kepts {            // of all layers of one group, laid out in memory that
         return is_complete;
     }
 
-    // Mark the experts that any image of the group keeps; whether one of them keeps so many that all are computed.
-    bool mark(int64_t layer, int64_t width, int32_t* marks) const {
-        bool all = false;
+    // Mark the experts that any image of the group keeps; how many they are.
+    int64_t mark(int64_t layer, int64_t width, int32_t* marks) const {
         std::fill(marks, marks + width, 0);
         for (int64_t i = 0; i < group.count; ++i) {
             const float* gates = program.gates + program.images[group.first + i] * program.layer_starts[program.num_layers] +
                                  program.layer_starts[layer];
-            int64_t count = 0;
-            for (int64_t c = 0; c < width; ++c) {
-                const int32_t is_kept = gates[c] > 0;
-                marks[c] |= is_kept;
-                count += is_kept;
-            }
-            all |= count > program.most_kept[layer];
+            for (int64_t c = 0; c < width; ++c) marks[c] |= gates[c] > 0;
         }
-        return all;
+        int64_t count = 0;
+        for (int64_t c = 0; c < width; ++c) count += marks[c];
+        return count;
     }
 };

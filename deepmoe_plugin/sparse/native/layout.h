@@ -109,7 +109,7 @@ struct Program {
     int64_t batch;
     const int64_t* layer_starts;  // first expert of each layer, and the number of all
     int64_t num_layers;
-    const int64_t* most_kept;     // experts of each layer: an image that keeps more runs with all of them
+    const int64_t* most_kept;     // experts of each layer: a group that keeps more runs with all of them
     std::atomic<int64_t>* whole;  // of each layer, whether the weights for all experts are there
     const float* gates;           // (image, expert)
     int64_t has_lists;            // the lists of groups are those of these gates
