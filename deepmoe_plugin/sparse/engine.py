@@ -163,8 +163,10 @@ class InputSparseConv(nn.Module):
         """Map (B, C, H, W) to (B, C', H', W')."""
         if x.shape[2:] != self.conv.weight.shape[2:]:
             return self.conv(x)
-        outputs = [self._row_sum(image) for image in x.flatten(1)]
-        y = torch.stack(outputs)
+        values = x.flatten(1)
+        # Rows are what takes time, 0.4 GB of them for VGG: images together read each once, an image alone its own.
+        together = len(x) > 1 and int(values.count_nonzero()) >= len(self.rows)
+        y = values @ self.rows if together else torch.stack([self._row_sum(image) for image in values])
         if self.conv.bias is not None:
             y = y + self.conv.bias.detach()
         return y[:, :, None, None]

@@ -16,8 +16,8 @@ LIMIT = 0.8
 """Largest fraction of kept experts for which a layer runs on compact weights, without calibration."""
 GATHER_COST, FAR_GATHER_COST, NEAR_WEIGHTS = 25, 75, 2**18
 """Gathering a weight costs about as much as this many multiply-accumulates with it; more if the convolution has more
-weights than stay in the cache. Found on an EPYC (Zen 4) with 1 MiB for each core: 20 in wide ResNet-20; 75 to 100 on two
-threads that share the memory, in batches of ResNet-50 and VGG-16."""
+weights than stay in the cache. Found on an EPYC (Zen 4) with 1 MiB for each core: 20 in wide ResNet-20; 75 to 100 in
+batches of ResNet-50 and VGG-16, on two threads that share the memory."""
 
 MIN_REUSE = 64
 """Multiply-accumulates per weight and image from which a batch runs ragged: with fewer, reading weights of its own for
