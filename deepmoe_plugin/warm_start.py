@@ -76,8 +76,8 @@ def warm_start(
         progress: shows progress bars.
 
     Raises:
-        ValueError: `model` holds no DeepMoE network, or several; `loader` has no batch; or `dynamic_experts` is no
-            fraction.
+        ValueError: `model` holds no DeepMoE network, or several, or one whose experts make no difference, as it is not
+            trained; `loader` has no batch; or `dynamic_experts` is no fraction.
     """
     check_number('dynamic_experts', dynamic_experts)
     if not 0 <= dynamic_experts <= 1:
@@ -143,6 +143,11 @@ def _measure(
     if not seen:
         raise ValueError('loader has no batch: there is nothing to measure the experts on.')
     assert isinstance(worth, Tensor)
+    if not worth.any():
+        raise ValueError(
+            'No expert makes any difference to the loss: warm_start needs a trained network. The last norm of each '
+            'residual block is zero in a new one (zero_init_last).'
+        )
     assert isinstance(activation, Tensor)
     return (worth / seen).sqrt(), activation / seen
 

@@ -8,6 +8,7 @@ import timm
 import torch
 from image_folders import save_images
 from safetensors.torch import load_file, save_file
+from timm.models.resnet import BasicBlock
 
 from deepmoe_plugin import set_budget
 from deepmoe_plugin.cli import compress, evaluate, timing
@@ -32,6 +33,9 @@ def folder(tmp_path_factory):
     for name, arguments in NETWORKS.items():
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=2, **arguments)
+        for block in model.modules():
+            if isinstance(block, BasicBlock):
+                torch.nn.init.ones_(block.bn2.weight)  # zero in a new network, which would need none of its experts
         save_file(model.state_dict(), root / f'{name}.safetensors')
     return root
 
@@ -47,7 +51,7 @@ def run(folder, output, *more, network='resnet20_cifar', **arguments):
     ('network', 'arguments'),
     [
         ('resnet20_cifar', {}),
-        ('resnet20_cifar', dict(experts_per_gate=8)),
+        ('resnet20_cifar', dict(experts_per_gate=4)),
         ('convnext_atto', dict(embedding_channels=(8, 8))),
     ],
     ids=str,

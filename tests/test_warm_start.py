@@ -150,6 +150,12 @@ def test_an_empty_loader_is_refused():
         warm_start(trained('cifar'), [], nn.CrossEntropyLoss(), progress=False)
 
 
+def test_a_network_that_is_not_trained_is_refused():
+    model = small('cifar')
+    with pytest.raises(ValueError, match='needs a trained network'):
+        warm_start(model, loader(1), nn.CrossEntropyLoss(), progress=False)
+
+
 @pytest.mark.parametrize('dynamic', [0.1, 0.4])
 def test_as_many_experts_as_asked_for_depend_on_the_image(dynamic):
     from deepmoe_plugin.stats import dynamic_share
