@@ -74,7 +74,7 @@ def compact_layers(sparse: Any, gates: list[Tensor]) -> int:
     """Layers that run on compact weights with these gates."""
     plan = deepmoe_plugin.sparse.plan.Plan(gates)
     found = sparse.executor.by_torch().segments()
-    return sum(kept is not None for segment in found for group in plan.groups(segment, 64) for kept in group.kept)
+    return sum(kept is not None for segment in found for group in plan.groups(segment, 4096) for kept in group.kept)
 
 
 @pytest.mark.parametrize(

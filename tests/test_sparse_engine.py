@@ -15,9 +15,10 @@ from test_sparse import STRUCTURES, assert_exact, network, random_gates, relativ
 from torch import Tensor, nn
 
 import deepmoe_plugin
-from deepmoe_plugin.sparse import SparseNetwork
+from deepmoe_plugin.sparse import SparseNetwork, build
 from deepmoe_plugin.sparse.calibrate import FRACTIONS, _is_faster
 from deepmoe_plugin.sparse.conv import WeightCache
+from deepmoe_plugin.sparse.engine import InputSparseConv
 from deepmoe_plugin.sparse.fold import fingerprint
 from deepmoe_plugin.sparse.plan import Plan, Reader, Segment
 
@@ -317,6 +318,14 @@ def test_images_with_the_same_experts_share_a_group() -> None:
     assert torch.equal(groups[0].gates[1], gates[[0, 2, 4]])
 
 
+def test_images_run_together_where_gathering_for_each_costs_more() -> None:
+    """With one position, reading the weights of every image would take longer than computing all experts at once."""
+    segment = Segment(0, [64], [Reader(64 * 64, 1, None, 0)])
+    gates = [(torch.rand(32, 64, generator=torch.Generator().manual_seed(0)) < 0.5).float()]
+    assert [group.images for group in Plan(gates).groups(segment, 1)] == [list(range(32))]
+    assert len(Plan(gates).groups(segment, 4096)) > 16
+
+
 def test_layers_with_nearly_all_experts_run_dense() -> None:
     segment = Segment(0, [64, 64], [Reader(64 * 64, 1, None, 0), Reader(64 * 64 * 9, 1, 0, 1)])
     gates = torch.ones(1, 64)
@@ -336,3 +345,74 @@ def test_moved_parameters_are_noticed() -> None:
     assert unchanged()
     conv.double()
     assert not unchanged()
+
+
+def test_one_moved_parameter_of_a_module_is_noticed() -> None:
+    """Of another type than its neighbours, it moves alone."""
+    conv = nn.Conv2d(2, 2, 1)
+    conv.bias = nn.Parameter(conv.bias.detach().double())  # type: ignore[union-attr]
+    unchanged = fingerprint(conv)
+    assert unchanged()
+    conv.float()
+    assert not unchanged()
+
+
+def _hook_on_classifier(model: Any) -> None:
+    model.fc.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def _largest_instead_of_mean(model: Any) -> None:
+    model.reset_classifier(10, 'max')
+
+
+def _head_of_its_own(model: Any) -> None:
+    model.forward_head = lambda x, pre_logits=False: x.mean((2, 3))
+
+
+def _more_between(model: Any) -> None:
+    model.global_pool.flatten = nn.Sequential(nn.Flatten(1), nn.Tanh())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('edit', [_hook_on_classifier, _largest_instead_of_mean, _head_of_its_own, _more_between])
+def test_edited_head_runs_as_written(edit: Any) -> None:
+    model = network('bottleneck_a')
+    sparse = deepmoe_plugin.sparsify(model)
+    x = images(2, 40)
+    before = sparse(x)
+    edit(model)
+    sparse.refresh()
+    assert relative_error(sparse(x), model(x)) < 1e-5
+    assert before.shape != model(x).shape or relative_error(before, model(x)) > 1e-3
+
+
+@torch.no_grad()
+def test_classifier_runs_natively() -> None:
+    if build.library() is None:
+        pytest.skip('needs a C++ compiler and the OpenMP library of GNU')
+    model = network('bottleneck_a')
+    sparse = deepmoe_plugin.sparsify(model)
+    x = images(3, 40)
+    expected = model(x)
+    sparse.view().forward_head = None
+    assert relative_error(sparse(x), expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('kept', [0.02, 0.9])
+def test_convolution_over_its_whole_input(kept: float) -> None:
+    """A few images with few inputs each read their own weights; many inputs are multiplied together."""
+    conv = nn.Conv2d(6, 5, 3)
+    x = torch.randn(4, 6, 3, 3) * (torch.rand(4, 6, 1, 1) < kept)
+    x[0, 0] = 1
+    assert relative_error(InputSparseConv(conv)(x), conv(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_groups_change_from_batch_to_batch() -> None:
+    """Images alone, all together, alone again: what is kept from the batch before is that of the same groups."""
+    model = network('cifar')
+    sparse = deepmoe_plugin.sparsify(model, cache_mb=0)
+    x = images(4)
+    for kept in (0.5, 1, 0.3, 1, 0.5):
+        assert_exact(with_gates(model, random_gates(model, 4, kept)), x, sparse)

@@ -104,21 +104,31 @@ def fingerprint(module: nn.Module) -> Callable[[], bool]:
     kinds = ('_modules', '_parameters', '_buffers')
     parts = list(module.modules())
     hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-    held = [(part.__dict__[kind], key) for part in parts for kind in kinds for key in part.__dict__[kind]]
+    # Looking costs time, as little of this is in the cache: nothing reads `num_batches_tracked` in evaluation mode, and
+    # `.to`, which leaves the object, moves all parameters of a module that have one type.
+    held = [
+        (part.__dict__[kind], key)
+        for part in parts
+        for kind in kinds
+        for key in part.__dict__[kind]
+        if key != 'num_batches_tracked'
+    ]
     holders, keys = [holder for holder, _ in held], [key for _, key in held]
     values = list(map(dict.get, holders, keys))
     counted = [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
-    moved = [value for value in values if isinstance(value, nn.Parameter)]  # by `.to`, which leaves the object
+    own = [[value for value in part._parameters.values() if value is not None] for part in parts]
+    moved = [one for tensors in own for one in {value.dtype: value for value in tensors}.values()]
     version = operator.attrgetter('_version')
     versions, pointers = list(map(version, counted)), list(map(Tensor.data_ptr, moved))
-    hooked = list(map(len, hooks))
+    bare, hooked = [found for found in hooks if not found], [(found, len(found)) for found in hooks if found]
 
     def unchanged() -> bool:  # asked for every batch: loops in C
         return (
             all(map(operator.is_, map(dict.get, holders, keys), values))
             and list(map(version, counted)) == versions
             and list(map(Tensor.data_ptr, moved)) == pointers
-            and list(map(len, hooks)) == hooked
+            and not any(bare)
+            and all(len(found) == count for found, count in hooked)
         )
 
     return unchanged

@@ -42,6 +42,7 @@ MAX_SCHEDULES = 8
 DTYPES = (torch.float32, torch.bfloat16)
 
 CONVOLVE, POOL, LOAD, WIDEN, SCALE, DEPTHWISE, NORMS, RESPOND, AVERAGE, SOFTMAX = range(10)
+ABSENT, ASKED_FOR, PRESENT = range(3)
 ACTIVATIONS = ('', 'relu', 'gelu')
 VALUES = np.dtype([(name, np.int64) for name in ('data', 'image_bytes', 'height', 'width', 'channels', 'layer', 'pad')])
 OPERATIONS = np.dtype(
@@ -56,7 +57,7 @@ OPERATIONS = np.dtype(
 )
 PARTS = np.dtype([(name, np.int64) for name in ('first', 'last', 'num_groups', 'first_group', 'group_major')])
 GROUPS = np.dtype(
-    [(name, np.int64) for name in ('first', 'count', 'first_layer', 'num_layers', 'masks', 'lists', 'lists_bytes')]
+    [(name, np.int64) for name in ('first', 'count', 'first_layer', 'num_layers', 'lists', 'lists_bytes')]
 )
 KEPT_BYTES, MOVE_BYTES = 32, 16
 
@@ -68,12 +69,12 @@ class _Header(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ('values', 'operations', 'parts', 'num_parts', 'groups', 'num_groups')),
-        *((name, ctypes.c_int64) for name in ('images', 'batch', 'layer_starts', 'num_layers', 'gates', 'source')),
+        *((name, ctypes.c_int64) for name in ('images', 'batch', 'layer_starts', 'num_layers', 'most_kept', 'whole')),
+        *((name, ctypes.c_int64) for name in ('gates', 'has_lists', 'source')),
         ('source_strides', ctypes.c_int64 * 4),
         *((name, ctypes.c_int64) for name in ('rooms', 'room_bytes', 'pack_bytes')),
         *((name, ctypes.c_int64) for name in ('num_threads', 'is_bfloat16', 'thread_number', 'thread_count')),
-        *((name, ctypes.c_int64) for name in ('arrived', 'round')),
-        ('tickets', ctypes.c_int64 * 4),
+        *((name, ctypes.c_int64) for name in ('lines', 'lacks')),
     ]
 
 
@@ -199,6 +200,7 @@ class Program:
         self.trace = trace
         self.widths = np.array(widths, dtype=np.int64)
         self.layer_starts = np.array([0, *itertools.accumulate(widths)], dtype=np.int64)
+        self.most_kept = np.zeros(len(widths), dtype=np.int64)
         self.set_limits([LIMIT] * len(self.widths))
         self.library = build.library()
         convolutions = [op for op in trace.operations if isinstance(op, Convolve)]
@@ -211,7 +213,8 @@ class Program:
 
     def set_limits(self, limits: Sequence[float]) -> None:
         """Set, for each gated layer, the largest fraction of kept experts for which its outputs are selected."""
-        self.most_kept = np.array([int(limit * width) for limit, width in zip(limits, self.widths, strict=True)])
+        # In place, as native code holds its address.
+        self.most_kept[:] = [int(limit * width) for limit, width in zip(limits, self.widths, strict=True)]
 
     def run(self, x: Tensor, gates: Sequence[Tensor], wanted: Sequence[str]) -> list[Tensor]:
         """The wanted values, all channels, for images (B, C, H, W) and their gates, each (B, C_l)."""
@@ -249,17 +252,24 @@ class Schedule:
         self.steps: list[list[Part] | Call] = []  # parts that one native call runs, or a call of torch
         self._fill(found.steps, x[:1], gates[:1])
         self.parts = [part for step in self.steps if isinstance(step, list) for part in step]
+        # With more activations than weights, a group does best to go through all operations before the next.
+        self.in_depth = [
+            part.weights < sum(math.prod(self.shapes[op.output]) for op in part.operations) for part in self.parts
+        ]
         self.values = [name for name in self.layers if name in self.shapes and name != self.image]
         self.numbers = {name: i for i, name in enumerate(self.values)}
         rows = [self._row(op) for part in self.parts for op in part.operations]
         self.operations = np.array([tuple(row.values()) for row in rows], dtype=OPERATIONS)
         self._place()
-        self.groups = self._alone() if self.batch == 1 or not len(program.widths) else None
+        self.always_alone = self.batch == 1 or self.separate or not len(program.widths)
+        self.groups = self._alone()  # of the call before
         self._frames = threading.local()
         # Convolutions, and their gated layers, whose weights for all experts are still missing.
         layers = self.table['layer'][self.operations['output']]
         convolves = (self.operations['kind'] == CONVOLVE) & (self.operations['weight'] == 0)
         self.unfilled = {int(number): int(layers[number]) for number in np.flatnonzero(convolves)}
+        self.whole = np.full(len(program.widths), PRESENT, dtype=np.int64)
+        self.whole[list(self.unfilled.values())] = ABSENT
 
     # ---------------------------------------------------------------------------------- operations and shapes
 
@@ -424,81 +434,94 @@ class Schedule:
     def _alone(self) -> 'Groups':
         """Each image by itself."""
         each = [[image] for image in range(self.batch)]
-        return Groups(self, [each if part.segment else [] for part in self.parts], None)
+        return Groups(self, [each if part.segment else [] for part in self.parts])
 
-    def _choose_groups(self, kept: np.ndarray) -> 'Groups':
+    def _choose_groups(self, gates: np.ndarray) -> 'Groups':
         """Images that run together in each part: those that share so much that one gather for all of them pays."""
-        if self.separate:
-            return self._alone()
+        if self.always_alone:
+            return self.groups
+        kept, _ = self._kept(gates)
         starts = self.program.layer_starts
         chosen: list[list[list[int]]] = []
-        for part in self.parts:
+        for part, in_depth in zip(self.parts, self.in_depth, strict=True):
             if part.segment is None:
                 chosen.append([])
                 continue
             layers = range(part.segment.layers.start, part.segment.layers.stop)
             masks = [kept[:, starts[layer] : starts[layer + 1]] for layer in layers]
             entry = self.shapes[part.operations[0].inputs[0]]
-            chosen.append(partition(part.segment, masks, entry.height * entry.width))
-        return Groups(self, chosen, kept)
+            found = partition(part.segment, masks, entry.height * entry.width)
+            if in_depth:  # where nothing is gathered, images alone do better: their activations stay in the cache
+                mine = kept[:, starts[layers.start] : starts[layers.stop]]
+                found = [
+                    own
+                    for images in found
+                    for own in ([[i] for i in images] if len(images) > 1 and mine[images].all() else [images])
+                ]
+            chosen.append(found)
+        groups = self.groups
+        if groups.chosen != chosen:  # seldom: images mostly run alone, or all keep the same
+            groups = self.groups = Groups(self, chosen)
+        return groups
 
-    def _fill_weights(self, masks: np.ndarray) -> None:
-        """Make the weights of layers of which a group keeps all experts, where they are still missing."""
-        if not self.unfilled:
-            return
-        starts = self.program.layer_starts
-        full: Any = np.logical_and.reduceat(masks, starts[:-1], axis=1).any(0)
-        for number in [number for number, layer in list(self.unfilled.items()) if full[layer]]:
+    def _kept(self, gates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which experts are computed for each image, (B, N), and how many of each layer, (B, layers)."""
+        program = self.program
+        kept = gates > 0
+        counts = np.add.reduceat(kept, program.layer_starts[:-1], axis=1, dtype=np.int64)
+        many = counts > program.most_kept
+        if many.any():
+            kept |= np.repeat(many, program.widths, axis=1)
+            counts = np.where(many, program.widths, counts)
+        return kept, counts
+
+    def _fill_weights(self) -> None:
+        """Make the weights for all experts that native code has asked for."""
+        for number, layer in list(self.unfilled.items()):
+            if self.whole[layer] != ASKED_FOR:
+                continue
             weight = self.program.weights[self.values[self.operations[number]['output']]]
             weight.fill()
             assert weight.blocks is not None
             self.operations['weight_bytes'][number] = weight.blocks.nbytes
             self.operations['weight'][number] = weight.blocks.data_ptr()
             self.unfilled.pop(number, None)
+        self.whole[self.whole == ASKED_FOR] = PRESENT
 
     # ---------------------------------------------------------------------------------------------------- run
 
     def run(self, x: Tensor, gates: np.ndarray) -> list[Tensor]:
         """The wanted values, in order."""
-        program = self.program
-        kept = gates > 0
-        counts = np.zeros((len(x), 0), dtype=np.int64)
-        if len(program.widths):
-            counts = np.add.reduceat(kept, program.layer_starts[:-1], axis=1, dtype=np.int64)
-            many = counts > program.most_kept
-            if many.any():
-                kept = kept | np.repeat(many, program.widths, axis=1)
-                counts = np.where(many, program.widths, counts)
-        frame = self._frame(self.groups or self._choose_groups(kept))
-        frame.masks[: self.batch] = kept
-        self._fill_weights(frame.masks)
+        frame = self._frame(self._choose_groups(gates))
         found: dict[str, Any] = {self.image: x}
         for i in self.outside:
             if self.values[i] in self.wanted:
                 found[self.values[i]] = self._allocate(self.values[i], frame.values[i])
         header = frame.header
         header.gates, header.source, header.source_strides = gates.ctypes.data, x.data_ptr(), x.stride()
+        header.has_lists = 0
         first = 0
         for step in self.steps:
             if isinstance(step, Call):
-                self._call(step, found, frame, gates, counts)
+                self._call(step, found, frame, gates)
                 continue
             header.parts = frame.parts + first * PARTS.itemsize
             header.num_parts = len(step)
             first += len(step)
-            _run(program.library, header)
+            while not _run(self.program.library, header):
+                self._fill_weights()
+            header.has_lists = 1
         return [self._given(name, found[name]) for name in self.wanted]
 
     def _frame(self, groups: 'Groups') -> '_Frame':
-        """What native code reads: where groups are always alike, as in the call before if memory lies where it did."""
+        """What native code reads: as in the call before if groups are alike and memory lies where it did."""
         threads = torch.get_num_threads()
-        memory = _rooms.take(64 + self.arena_bytes + max(2, threads) * self.pack_bytes + groups.lists_bytes)
+        more = groups.lists_bytes + _lines_bytes(threads)
+        memory = _rooms.take(64 + self.arena_bytes + max(2, threads) * self.pack_bytes + more)
         start = _round_up(memory.data_ptr(), 64)
         frame: _Frame | None = getattr(self._frames, 'last', None)
-        if frame is None or groups is not self.groups or (frame.start, frame.header.num_threads) != (start, threads):
-            frame = _Frame(self, groups, threads, start)
-            if groups is self.groups:
-                self._frames.last = frame
+        if frame is None or (frame.groups, frame.start, frame.header.num_threads) != (groups, start, threads):
+            frame = self._frames.last = _Frame(self, groups, threads, start)
         return frame
 
     def _given(self, name: str, value: Tensor) -> Tensor:
@@ -507,7 +530,7 @@ class Schedule:
 
     def _allocate(self, name: str, row: Any) -> Tensor:
         # Zeros: rows may have some around them, and pixels behind the last channel, that torch does not write.
-        memory = torch.zeros(self.batch * int(row['image_bytes']), dtype=torch.uint8)
+        memory = torch.zeros(self.batch * int(row['image_bytes']) // self.dtype.itemsize, dtype=self.dtype)
         row['data'] = memory.data_ptr()
         return self._tensor(name, memory)
 
@@ -515,21 +538,20 @@ class Schedule:
         """A value in planned memory as a tensor."""
         memory, row = _rooms.memory, self.table[self.numbers[name]]
         offset = frame.start - memory.data_ptr() + int(row['data'])
-        return self._tensor(name, memory[offset : offset + self.batch * int(row['image_bytes'])])
+        return self._tensor(name, memory[offset : offset + self.batch * int(row['image_bytes'])].view(self.dtype))
 
-    def _tensor(self, name: str, memory: Tensor) -> Tensor:
+    def _tensor(self, name: str, flat: Tensor) -> Tensor:
         """A value as a tensor (B, C, H, W) that leaves out the zeros around the rows."""
         channels, height, width = self.shapes[name]
         pitch, pad = _round_up(channels, self.pair), self.pads.get(name, 0)
-        flat = memory.view(self.dtype)
         strides = (len(flat) // self.batch, 1, (width + pad) * pitch, pitch)
         return flat.as_strided((self.batch, channels, height, width), strides, flat.storage_offset() + pad * pitch)
 
-    def _call(self, op: Call, found: dict[str, Any], frame: '_Frame', gates: np.ndarray, counts: np.ndarray) -> None:
+    def _call(self, op: Call, found: dict[str, Any], frame: '_Frame', gates: np.ndarray) -> None:
         """Let torch run an operation."""
         inputs = {n: found[n] if n in found else self._view(n, frame) for n in op.inputs}
         if op.each:
-            self._call_each(op, next(iter(inputs.values())), self._view(op.output, frame), counts)
+            self._call_each(op, next(iter(inputs.values())), self._view(op.output, frame), self._kept(gates)[1])
             return
         result = self._called(op, inputs, gates)
         number = self.numbers.get(op.output)
@@ -564,7 +586,6 @@ class Groups:
     Args:
         schedule: of the images.
         chosen: for each part the images of each group; none for a part without gates, which all images run together.
-        kept: which experts each image keeps; None if there is one image.
 
     Attributes:
         images: all groups' images.
@@ -573,43 +594,25 @@ class Groups:
         lists_bytes: memory for what native code lists of kept channels.
     """
 
-    def __init__(self, schedule: Schedule, chosen: Sequence[Sequence[Sequence[int]]], kept: np.ndarray | None) -> None:
+    def __init__(self, schedule: Schedule, chosen: Sequence[Sequence[Sequence[int]]]) -> None:
         batch, program = schedule.batch, schedule.program
+        self.chosen = chosen
         images = list(range(batch))
-        rows = [(0, batch, 0, 0, 0, 0, 0)]
+        rows = [(0, batch, 0, 0, 0, 0)]
         parts = []
-        self.unions: list[np.ndarray] = []
         self.lists_bytes = 0
-        experts = int(program.layer_starts[-1])
         first = last = 0
-        for part, groups in zip(schedule.parts, chosen, strict=True):
+        for part, groups, in_depth in zip(schedule.parts, chosen, schedule.in_depth, strict=True):
             first, last = last, last + len(part.operations)
             if part.segment is None:
                 parts.append((first, last, 1, 0, 0))
                 continue
-            activations = sum(math.prod(schedule.shapes[op.output]) for op in part.operations)
-            # With more activations than weights, a group does best to go through all operations before the next.
-            parts.append((first, last, len(groups), len(rows), int(activations > part.weights)))
+            parts.append((first, last, len(groups), len(rows), int(in_depth)))
             layers = part.segment.layers
             begin, end = int(program.layer_starts[layers.start]), int(program.layer_starts[layers.stop])
             needs = _round_up((layers.stop - layers.start) * KEPT_BYTES + (end - begin + 2) * (4 + MOVE_BYTES), 64)
             for group in groups:
-                row = group[0]
-                if len(group) > 1:
-                    assert kept is not None
-                    row = batch + len(self.unions)
-                    self.unions.append(np.asarray(kept[list(group)].any(0)))
-                rows.append(
-                    (
-                        len(images),
-                        len(group),
-                        layers.start,
-                        layers.stop - layers.start,
-                        row * experts + begin,
-                        self.lists_bytes,
-                        needs,
-                    )
-                )
+                rows.append((len(images), len(group), layers.start, len(part.segment.widths), self.lists_bytes, needs))
                 images += group
                 self.lists_bytes += needs
         self.images = np.array(images, dtype=np.int64)
@@ -628,7 +631,6 @@ class _Frame:
 
     Attributes:
         values, table: of the schedule and of the groups.
-        masks: which experts images keep, to be filled in, and groups of several.
         parts: where those of the groups lie.
         header: all but what belongs to one call.
     """
@@ -637,14 +639,11 @@ class _Frame:
         program = schedule.program
         rooms = start + schedule.arena_bytes
         self.start = start
-        self.masks = np.empty((schedule.batch + len(groups.unions), int(program.layer_starts[-1])), dtype=np.bool_)
-        if groups.unions:
-            self.masks[schedule.batch :] = groups.unions
         self.values = schedule.table.copy()
         self.values['data'] += start * schedule.inside
         self.table = groups.table.copy()
-        self.table['lists'] += rooms + max(2, threads) * schedule.pack_bytes
-        self.table['masks'] += self.masks.ctypes.data
+        lines = rooms + max(2, threads) * schedule.pack_bytes
+        self.table['lists'] += lines + _lines_bytes(threads)
         self.groups = groups
         self.parts = groups.parts.ctypes.data
         self.header = _Header(
@@ -656,11 +655,14 @@ class _Frame:
             batch=schedule.batch,
             layer_starts=program.layer_starts.ctypes.data,
             num_layers=len(program.widths),
+            most_kept=program.most_kept.ctypes.data,
+            whole=schedule.whole.ctypes.data,
             rooms=rooms,
             room_bytes=schedule.pack_bytes,
             pack_bytes=schedule.pack_bytes,
             num_threads=threads,
             is_bfloat16=schedule.pair == 2,
+            lines=lines,
         )
 
 
@@ -673,14 +675,21 @@ def _entries(library: Any) -> tuple[int, int, int]:
     return start, number, count
 
 
-def _run(library: Any, header: _Header) -> None:
-    """Run the native program on torch's threads."""
-    header.tickets = (ctypes.c_int64 * 4)()  # the call before has left its own
+def _run(library: Any, header: _Header) -> bool:
+    """Run the native program on torch's threads; false if weights that it asks for were not there: nothing ran."""
+    ctypes.memset(header.lines, 0, _lines_bytes(header.num_threads))  # the call before has left its own
+    header.lacks = 0
     if header.num_threads == 1:
         library.deepmoe_run(ctypes.byref(header))
     else:
         start, header.thread_number, header.thread_count = _entries(library)
         build.openmp().GOMP_parallel(start, ctypes.byref(header), header.num_threads, 0)
+    return not header.lacks
+
+
+def _lines_bytes(threads: int) -> int:
+    """What the team needs: lines of 64 bytes for its barrier, and for the tickets of each thread."""
+    return 64 * (2 + 4 * threads)
 
 
 def _geometry(

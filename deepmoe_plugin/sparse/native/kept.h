@@ -34,18 +34,25 @@ struct Kepts {            // of all layers of one group, laid out in memory that
         return &layers[value.layer - group.first_layer];
     }
 
-    void fill() const {
+    // Whether the weights of all layers are there as the group needs them.
+    bool fill() const {
+        bool is_complete = true;
         const int64_t* starts = program.layer_starts + group.first_layer;
         int32_t* indices = (int32_t*)(layers + group.num_layers);
         Move* moves = (Move*)(indices + starts[group.num_layers] - starts[0] + 1);
         for (int64_t l = 0; l < group.num_layers; ++l) {
-            const int64_t width = starts[l + 1] - starts[l];
-            const uint8_t* mask = group.masks + starts[l] - starts[0];
+            const int64_t width = starts[l + 1] - starts[l], layer = group.first_layer + l;
             Kept& kept = layers[l];
             kept = {0, 0, indices, moves};
-            for (int64_t c = 0; c < width; ++c) {
-                kept.index[kept.count] = (int32_t)c;
-                kept.count += mask[c] != 0;
+            const bool all = mark(layer, width, indices) > program.most_kept[layer];
+            for (int64_t c = 0; c < width; ++c) {  // the marks give way to the list
+                const bool is_kept = all || indices[c];
+                indices[kept.count] = (int32_t)c;
+                kept.count += is_kept;
+            }
+            if (kept.count == width && program.whole[layer].load(std::memory_order_relaxed) != PRESENT) {
+                program.whole[layer].store(ASKED_FOR, std::memory_order_relaxed);
+                is_complete = false;
             }
             for (int64_t done = 0; done < kept.count;) {
                 Move move = {0, 0, kept.index[done] / (int32_t)LANES, (int32_t)done};
@@ -57,5 +64,19 @@ struct Kepts {            // of all layers of one group, laid out in memory that
             moves += kept.num_moves;
         }
         CHECK((char*)moves <= group.lists + group.lists_bytes);
+        return is_complete;
+    }
+
+    // Mark the experts that any image of the group keeps; how many they are.
+    int64_t mark(int64_t layer, int64_t width, int32_t* marks) const {
+        std::fill(marks, marks + width, 0);
+        for (int64_t i = 0; i < group.count; ++i) {
+            const float* gates = program.gates + program.images[group.first + i] * program.layer_starts[program.num_layers] +
+                                 program.layer_starts[layer];
+            for (int64_t c = 0; c < width; ++c) marks[c] |= gates[c] > 0;
+        }
+        int64_t count = 0;
+        for (int64_t c = 0; c < width; ++c) count += marks[c];
+        return count;
     }
 };

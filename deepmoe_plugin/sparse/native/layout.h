@@ -88,10 +88,15 @@ struct Part {             // consecutive operations that groups of images run th
 struct Group {
     int64_t first, count;  // of `images`
     int64_t first_layer, num_layers;  // gated layers of its part
-    const uint8_t* masks;  // for each expert of these layers, whether it is kept
-    char* lists;           // memory for what `Kepts` makes of that
+    char* lists;           // memory for what `Kepts` makes of their gates
     int64_t lists_bytes;
 };
+
+struct alignas(64) Line {  // a number alone in its cache line, so that whoever waits for it disturbs nobody else
+    std::atomic<int64_t> number;
+};
+
+enum Whole : int64_t { ABSENT, ASKED_FOR, PRESENT };
 
 struct Program {
     Value* values;
@@ -104,7 +109,10 @@ struct Program {
     int64_t batch;
     const int64_t* layer_starts;  // first expert of each layer, and the number of all
     int64_t num_layers;
+    const int64_t* most_kept;     // experts of each layer: a group that keeps more runs with all of them
+    std::atomic<int64_t>* whole;  // of each layer, whether the weights for all experts are there
     const float* gates;           // (image, expert)
+    int64_t has_lists;            // the lists of groups are those of these gates
     const char* source;           // images, any strides, counted in elements
     int64_t source_strides[4];
     char* rooms;                  // of the threads: see `room_bytes`
@@ -114,6 +122,6 @@ struct Program {
     int64_t is_bfloat16;
     int (*thread_number)();
     int (*thread_count)();        // OpenMP may give fewer threads than it was asked for
-    std::atomic<int64_t> arrived, round;  // barrier of all threads
-    std::atomic<int64_t> tickets[4];
+    Line* lines;                          // of the team: arrivals and rounds of its barrier, then tickets of each thread
+    std::atomic<int64_t> lacks;           // nothing ran: weights for all experts of a layer are not there
 };

@@ -16,76 +16,89 @@
 #include "simple.h"
 #include "team.h"
 
-// One operation for one group; the team gathers the weights of the next one with what is left of its time.
+struct Step {             // one operation for one group
+    const Operation* op;
+    int64_t group;
+};
+
+struct Walk {             // over the steps of some parts, with each `by`th group of them from `first` on
+    const Program& program;
+    int64_t part, last, first, by, number = 0;
+
+    bool next(Step& step) {
+        for (; part < last; ++part, number = 0) {
+            const Part& now = program.parts[part];
+            const int64_t operations = now.last - now.first, groups = (now.num_groups - first + by - 1) / by;
+            if (number >= operations * groups) continue;
+            const int64_t o = now.group_major ? number % operations : number / groups;
+            const int64_t g = now.group_major ? number / operations : number % groups;
+            step = {&program.operations[now.first + o], now.first_group + first + g * by};
+            ++number;
+            return true;
+        }
+        return false;
+    }
+};
+
+// The team gathers the weights of the next step, which may be null, with what is left of its time.
 template <class Number>
-static void step(Team& team, const Operation& op, int64_t group, const Operation* next, int64_t next_group, int64_t number) {
+static void run_step(Team& team, const Step& now, const Step* next, int64_t number) {
+    const Operation& op = *now.op;
     char* pack = team.pack[number % 2];
     char* next_pack = team.pack[(number + 1) % 2];
     std::optional<Convolution<Number>> following;
-    if (next && next->kind == CONVOLVE && team.size > 1) following.emplace(team.program, *next, next_group, next_pack, team.size);
+    if (next && next->op->kind == CONVOLVE && team.size > 1)
+        following.emplace(team.program, *next->op, next->group, next_pack, team.size);
     const int64_t more = following ? following->pack_items() : 0;
     const auto together = [&](int64_t own, const auto& work) {
-        // One thread gathers, which is a matter of memory, while others multiply; what is left fills the end.
-        const int64_t early = more / 2, all = own + early;
-        team.share(own + more, [&](int64_t item) {
-            const int64_t gathered = item < all ? item * early / all : item - own;
-            const bool gathers = item >= all || (item + 1) * early / all > gathered;
-            gathers ? following->gather(gathered) : work.run(item - gathered);
+        // Some gathering comes early, which is a matter of memory, while others multiply; what is left fills the end.
+        const auto count = [&](int64_t thread) { return team.part(own, thread).count + team.part(more, thread).count; };
+        team.share(count, [&](int64_t thread, int64_t item) {
+            const Span runs = team.part(own, thread), gathers = team.part(more, thread);
+            const int64_t early = gathers.count / 2, all = runs.count + early;
+            const int64_t gathered = item < all ? item * early / all : item - runs.count;
+            const bool gathers_now = item >= all || (item + 1) * early / all > gathered;
+            gathers_now ? following->gather(gathers.first + gathered) : work.run(runs.first + item - gathered);
         });
     };
     if (op.kind == CONVOLVE) {
-        const Convolution<Number> convolution(team.program, op, group, pack, team.size);
+        const Convolution<Number> convolution(team.program, op, now.group, pack, team.size);
         if (team.size == 1)
             for (int64_t item = 0; item < convolution.pack_items(); ++item) convolution.gather(item);
         together(convolution.run_items(), convolution);
     } else if (op.kind == DEPTHWISE) {
-        const Channelwise<Number> channelwise(team.program, op, group);
+        const Channelwise<Number> channelwise(team.program, op, now.group);
         together(channelwise.items(), channelwise);
     } else if (op.kind == NORMS || op.kind == RESPOND) {
-        const Response<Number> response(team.program, op, group);
+        const Response<Number> response(team.program, op, now.group);
         together(response.items(), response);
     } else if (op.kind == AVERAGE || op.kind == SOFTMAX) {
-        const Mixture<Number> mixture(team.program, op, group);
+        const Mixture<Number> mixture(team.program, op, now.group);
         together(mixture.items(), mixture);
     } else {
-        const Simple<Number> simple(team.program, op, group);
+        const Simple<Number> simple(team.program, op, now.group);
         together(simple.items(), simple);
     }
     team.meet();
 }
 
 template <class Number>
-static void run_part(Team team, const Part& part, int64_t first_group, int64_t by, int64_t& turn) {
-    const Program& program = team.program;
-    const int64_t operations = part.last - part.first;
-    const int64_t groups = (part.num_groups - first_group + by - 1) / by;
-    const auto at = [&](int64_t number, const Operation*& op, int64_t& group) {
-        const int64_t o = part.group_major ? number % operations : number / groups;
-        const int64_t g = part.group_major ? number / operations : number % groups;
-        op = &program.operations[part.first + o];
-        group = part.first_group + first_group + g * by;
-    };
-    const int64_t steps = operations * groups;
-    if (team.size > 1 && steps) {
-        const Operation* op;
-        int64_t group;
-        at(0, op, group);
-        if (op->kind == CONVOLVE) {
-            const Convolution<Number> convolution(program, *op, group, team.pack[0], team.size);
-            if (convolution.pack_items()) {
-                team.share(convolution.pack_items(), [&](int64_t item) { convolution.gather(item); });
-                team.meet();
-            }
+static void run_steps(Team& team, Walk walk) {
+    Step now, next;
+    if (!walk.next(now)) return;
+    if (team.size > 1 && now.op->kind == CONVOLVE) {
+        const Convolution<Number> convolution(team.program, *now.op, now.group, team.pack[0], team.size);
+        if (const int64_t items = convolution.pack_items()) {
+            const auto count = [&](int64_t thread) { return team.part(items, thread).count; };
+            team.share(count, [&](int64_t thread, int64_t item) { convolution.gather(team.part(items, thread).first + item); });
+            team.meet();
         }
     }
-    for (int64_t number = 0; number < steps; ++number) {
-        const Operation *op, *next = nullptr;
-        int64_t group, next_group = 0;
-        at(number, op, group);
-        if (number + 1 < steps) at(number + 1, next, next_group);
-        step<Number>(team, *op, group, next, next_group, number);
+    bool goes_on = true;
+    for (int64_t number = 0; goes_on; ++number, now = next) {
+        goes_on = walk.next(next);
+        run_step<Number>(team, now, goes_on ? &next : nullptr, number);
     }
-    turn = team.turn;
 }
 
 template <class Number>
@@ -96,18 +109,25 @@ static void run_program(Program& program) {
     // All threads share the first two rooms when they work together; each has one of its own when it works alone.
     Team all = {program, threads, member, 0, {program.rooms, program.rooms + program.room_bytes}};
     Team alone = {program, 1, 0, 0, {program.rooms + member * program.room_bytes, program.rooms + member * program.room_bytes}};
-    for (int64_t group = member; group < program.num_groups; group += threads)
-        if (program.groups[group].num_layers) Kepts(program, program.groups[group]).fill();
-    all.meet();
-    for (int64_t p = 0; p < program.num_parts; ++p) {
-        const Part& part = program.parts[p];
-        const bool separate = threads > 1 && (part.num_groups >= 4 * threads || (part.num_groups > 1 && part.num_groups % threads == 0));
-        if (separate) {
-            int64_t turn = 0;
-            run_part<Number>(alone, part, member, threads, turn);
+    if (!program.has_lists) {
+        for (int64_t group = member; group < program.num_groups; group += threads)
+            if (program.groups[group].num_layers && !Kepts(program, program.groups[group]).fill())
+                program.lacks.store(1, std::memory_order_relaxed);
+        all.meet();
+        if (program.lacks.load(std::memory_order_relaxed)) return;  // the caller makes them, and calls again
+    }
+    const auto is_separate = [&](int64_t part) {
+        const int64_t groups = program.parts[part].num_groups;
+        return threads > 1 && (groups >= 4 * threads || (groups > 1 && groups % threads == 0));
+    };
+    for (int64_t p = 0; p < program.num_parts;) {
+        const int64_t first = p++;
+        if (is_separate(first)) {
+            run_steps<Number>(alone, {program, first, p, member, threads});
             all.meet();
         } else {
-            run_part<Number>(all, part, 0, 1, all.turn);
+            while (p < program.num_parts && !is_separate(p)) ++p;
+            run_steps<Number>(all, {program, first, p, 0, 1});
         }
     }
 }

@@ -11,6 +11,10 @@
 #define PAUSE()
 #endif
 
+struct Span {             // neighbouring items
+    int64_t first, count;
+};
+
 struct Team {             // threads that run a part of the program together
     Program& program;
     int64_t size, member, turn;
@@ -18,28 +22,41 @@ struct Team {             // threads that run a part of the program together
 
     void meet() {
         if (size == 1) return;
-        const int64_t round = program.round.load(std::memory_order_acquire);
-        if (program.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-            program.arrived.store(0, std::memory_order_relaxed);
-            program.round.store(round + 1, std::memory_order_release);
+        std::atomic<int64_t>&arrived = program.lines[0].number, &rounds = program.lines[1].number;
+        const int64_t round = rounds.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+            arrived.store(0, std::memory_order_relaxed);
+            rounds.store(round + 1, std::memory_order_release);
             return;
         }
-        for (int64_t spins = 0; program.round.load(std::memory_order_acquire) == round; ++spins) {
+        for (int64_t spins = 0; rounds.load(std::memory_order_acquire) == round; ++spins) {
             PAUSE();
             if (spins > 20000) sched_yield();
         }
     }
 
-    // Calls `work(item)` for each of `count` items, each on one of the threads. Between two calls, threads meet.
-    template <class Work>
-    void share(int64_t count, Work work) {
+    // What one of the threads does first of so many items. It is the same part of all operations, so that a thread mostly
+    // reads what it has written itself.
+    Span part(int64_t count, int64_t thread) const {
+        const int64_t first = count * thread / size;
+        return {first, count * (thread + 1) / size - first};
+    }
+
+    // Calls `work(owner, item)` for the items of each thread, `count(owner)` of them, each on one of the threads: its own
+    // first, then what others have left. Between two calls, threads meet.
+    template <class Count, class Work>
+    void share(const Count& count, const Work& work) {
         if (size == 1) {
-            for (int64_t item = 0; item < count; ++item) work(item);
+            for (int64_t item = 0; item < count(0); ++item) work(0, item);
             return;
         }
-        auto& tickets = program.tickets[turn % 4];
-        if (member == 0) program.tickets[(turn + 2) % 4].store(0, std::memory_order_relaxed);
-        ++turn;
-        for (int64_t item; (item = tickets.fetch_add(1, std::memory_order_relaxed)) < count;) work(item);
+        tickets(turn + 2)[member].number.store(0, std::memory_order_relaxed);
+        Line* taken = tickets(turn++);
+        for (int64_t i = 0; i < size; ++i) {
+            const int64_t owner = (member + i) % size, all = count(owner);
+            for (int64_t item; (item = taken[owner].number.fetch_add(1, std::memory_order_relaxed)) < all;) work(owner, item);
+        }
     }
+
+    Line* tickets(int64_t of) const { return program.lines + 2 + of % 4 * size; }
 };
