@@ -22,7 +22,7 @@ static void step(Team& team, const Operation& op, int64_t group, const Operation
     char* pack = team.pack[number % 2];
     char* next_pack = team.pack[(number + 1) % 2];
     std::optional<Convolution<Number>> following;
-    if (next && next->kind == CONVOLVE && team.size > 1) following.emplace(team.program, *next, next_group, next_pack, team.size);
+    if (next && next->kind == CONVOLVE && team.size > 1) following.emplace(team, *next, next_group, next_pack);
     const int64_t more = following ? following->pack_items() : 0;
     const auto together = [&](int64_t own, const auto& work) {
         // One thread gathers, which is a matter of memory, while others multiply; what is left fills the end.
@@ -34,7 +34,7 @@ static void step(Team& team, const Operation& op, int64_t group, const Operation
         });
     };
     if (op.kind == CONVOLVE) {
-        const Convolution<Number> convolution(team.program, op, group, pack, team.size);
+        const Convolution<Number> convolution(team, op, group, pack);
         if (team.size == 1)
             for (int64_t item = 0; item < convolution.pack_items(); ++item) convolution.gather(item);
         together(convolution.run_items(), convolution);
@@ -71,7 +71,7 @@ static void run_part(Team team, const Part& part, int64_t first_group, int64_t b
         int64_t group;
         at(0, op, group);
         if (op->kind == CONVOLVE) {
-            const Convolution<Number> convolution(program, *op, group, team.pack[0], team.size);
+            const Convolution<Number> convolution(team, *op, group, team.pack[0]);
             if (convolution.pack_items()) {
                 team.share(convolution.pack_items(), [&](int64_t item) { convolution.gather(item); });
                 team.meet();
