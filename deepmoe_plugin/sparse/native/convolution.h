@@ -66,7 +66,7 @@ struct Convolution {
     // Where blocks run one by one, of which each thread has several, and where a block stays in the second-level cache:
     // what is gathered then never leaves it, and the rows of the next block come while this one is multiplied with.
     bool gathers_at_once() const {
-        return taps == 1 && in_bytes() <= blocks * block_bytes() && blocks >= 4 * team_size && block_bytes() <= CACHED * 2;
+        return taps == 1 && in_bytes() <= blocks * block_bytes() && blocks >= 2 * team_size && block_bytes() <= CACHED * 2;
     }
 
     // ------------------------------------------------------------------------------------------- gather
