@@ -5,6 +5,7 @@ NumPy by the same few helpers.
 """
 
 import functools
+import itertools
 import logging
 import os
 import platform
@@ -304,10 +305,7 @@ def test_blocks_that_a_thread_gathers_by_itself(
     """Thirteen blocks of kept outputs: one is left over for two threads, and for three."""
     torch.manual_seed(0)
     widths, kept = (96, 1300, 1250, 820), (800, 790)
-    convs = [
-        random_conv(inputs, outputs, dtype, **GEOMETRIES['1x1'])
-        for inputs, outputs in zip(widths, widths[1:], strict=False)
-    ]
+    convs = [random_conv(inputs, outputs, dtype, **GEOMETRIES['1x1']) for inputs, outputs in itertools.pairwise(widths)]
     gates = [torch.zeros(batch, width) for width in widths[1:3]]
     for gate, count in zip(gates, kept, strict=True):
         for image in gate:

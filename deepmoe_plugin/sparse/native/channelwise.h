@@ -109,10 +109,12 @@ struct Channelwise {
             for (int v = 0; v < V; ++v) weights[k][v] = *(const Vector*)(weight + k * padded + v * LANES);
 #pragma GCC unroll 16
         for (int i = 0; i < P + K - 1; ++i) {
-            CHECK(x + i * pitch >= input.data && x + i * pitch + V * LANES * Number::SIZE <= input.data + program.batch * input.image_bytes);
+            const char* place = x + i * pitch;
+            CHECK(place >= input.data);
+            CHECK(place + V * LANES * Number::SIZE <= input.data + program.batch * input.image_bytes);
             Vector values[V];
 #pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) values[v] = Number::read_vector(x + i * pitch + v * LANES * Number::SIZE);
+            for (int v = 0; v < V; ++v) values[v] = Number::read_vector(place + v * LANES * Number::SIZE);
 #pragma GCC unroll 8
             for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2

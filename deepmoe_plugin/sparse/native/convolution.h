@@ -1,4 +1,5 @@
 // A convolution for one group of images: its weights are gathered, then tiles of pixels and outputs are computed.
+// Longer than other files: both parts share where the weights of a block lie.
 #pragma once
 
 #include <algorithm>
@@ -66,7 +67,8 @@ struct Convolution {
     // Where blocks run one by one, of which each thread has several, and where a block stays in the second-level cache:
     // what is gathered then never leaves it, and the rows of the next block come while this one is multiplied with.
     bool gathers_at_once() const {
-        return taps == 1 && in_bytes() <= blocks * block_bytes() && blocks >= 2 * team_size && block_bytes() <= CACHED * 2;
+        const bool by_blocks = taps == 1 && in_bytes() <= blocks * block_bytes() && blocks >= 2 * team_size;
+        return by_blocks && block_bytes() <= 2 * CACHED;
     }
 
     // ------------------------------------------------------------------------------------------- gather
@@ -248,8 +250,8 @@ struct Convolution {
         run_block((item - first * blocks) / members, first + (item - first * blocks) % members, tiles, blocks);
     }
 
-    // One block of outputs of one run of pixels. `tiles`: how many have used the same weights before; `next`: the block
-    // that this thread probably takes next.
+    // One block of outputs of one run of pixels. `tiles_done`: how many tiles have used the same weights before; `next`:
+    // the block that this thread probably takes next.
     void run_block(int64_t block, int64_t run, int64_t& tiles_done, int64_t next) const {
         const int64_t all = group.count * pixels, begin = all * run / runs, end = all * (run + 1) / runs;
         const int64_t first_image = begin / pixels;
@@ -293,8 +295,8 @@ struct Convolution {
     // A quarter of the rows of a block that is gathered soon, or of each of them. So many tiles have fetched others.
     Fetched fetched(int64_t block, int64_t part) const {
         if (!at_once || block >= blocks || part >= BLOCK / LANES) return {};
-        if (!by_rows)
-            return Number::PAIR > 1 ? Fetched{} : Fetched{op.weight + block * weight_rows * BLOCK * 4 + part * LANES * 4, reads->index, BLOCK * 4, -1, 63};
+        if (!by_rows && Number::PAIR > 1) return {};  // a row holds two inputs, of which one may be closed
+        if (!by_rows) return {op.weight + (block * weight_rows * BLOCK + part * LANES) * 4, reads->index, BLOCK * 4, -1, 63};
         const int64_t first = block * BLOCK + part * LANES;
         if (first + LANES > out_count) return {};
         return {op.rows, writes->index + first, weight_rows * 4, LANES - 1, 4};
