@@ -221,7 +221,7 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         'torch': torch,
         'nn': nn,
         'deepmoe_plugin': deepmoe_plugin,
-        'model': create_small('wide_deepmoe_resnet50', num_classes=5),
+        'model': create_small('wide_deepmoe_resnet50', num_classes=5, zero_init_last=False),  # as if it were trained
         'images': images,
         'targets': targets,
         'dataset': dataset,

@@ -5,6 +5,7 @@ NumPy by the same few helpers.
 """
 
 import functools
+import itertools
 import logging
 import os
 import platform
@@ -290,6 +291,41 @@ def test_any_number_of_threads(batch: int, layers: dict[str, Any], threads: int)
     torch.set_num_threads(threads)
     try:
         assert_exact(model, images(batch, 40))
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+@dtypes
+@pytest.mark.parametrize('threads', [1, 2, 3])
+@pytest.mark.parametrize(('batch', 'size'), [(1, (3, 5)), (1, (12, 11)), (2, (2, 3))])
+def test_blocks_that_a_thread_gathers_by_itself(
+    batch: int, size: tuple[int, int], threads: int, dtype: torch.dtype
+) -> None:
+    """Thirteen blocks of kept outputs: one is left over for two threads, and for three."""
+    torch.manual_seed(0)
+    widths, kept = (96, 1300, 1250, 820), (800, 790)
+    convs = [random_conv(inputs, outputs, dtype, **GEOMETRIES['1x1']) for inputs, outputs in itertools.pairwise(widths)]
+    gates = [torch.zeros(batch, width) for width in widths[1:3]]
+    for gate, count in zip(gates, kept, strict=True):
+        for image in gate:
+            image[torch.randperm(len(image))[:count]] = torch.rand(count) + 0.5
+    x = torch.randn(batch, widths[0], *size).to(dtype)
+    operations = [
+        Convolve(['x'], 'a', 0, conv=convs[0], activation='relu'),
+        Convolve(['a'], 'b', 1, conv=convs[1], activation='relu'),
+        Convolve(['b'], 'c', conv=convs[2]),
+    ]
+    expected = [x.double().numpy()]
+    for conv, gate in zip(convs, gates, strict=False):
+        y = np.maximum(convolution(expected[-1], *arrays(conv), conv), 0)
+        expected.append(y * gate.double().numpy()[:, :, None, None])
+    expected.append(convolution(expected[-1], *arrays(convs[2]), convs[2]))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name, y in zip('abc', expected[1:], strict=True):
+            assert close(run(operations, x, gates, name), y, dtype)
     finally:
         torch.set_num_threads(before)
 

@@ -12,6 +12,7 @@
 template <class Number>
 struct Channelwise {
     static constexpr int PIXELS = MAX_VECTORS > 1 ? 7 : 4, VECTORS = MAX_VECTORS > 1 ? 2 : 1;  // of a tile
+    static constexpr int WIDE = 7;  // kernels of ConvNeXt, whose weights of a row stay in registers
 
     const Program& program;
     const Operation& op;
@@ -58,12 +59,15 @@ struct Channelwise {
             if (count > P) return choose<V, P + 1>(count, from, row, column, channel, to);
         }
         const int64_t lanes = std::min(LANES, input.channels - channel);
-        if (lanes == LANES) return convolve<V, P, true>(from, row, column, channel, lanes, to);
-        convolve<V, P, false>(from, row, column, channel, lanes, to);
+        if (lanes < LANES) return convolve<V, P, 0, false>(from, row, column, channel, lanes, to);
+        if (op.kernel_width == WIDE && op.stride_width == 1 && op.dilation_width == 1)
+            return convolve<V, P, WIDE, true>(from, row, column, channel, lanes, to);
+        convolve<V, P, 0, true>(from, row, column, channel, lanes, to);
     }
 
-    // P pixels of V vectors of channels: sums stay in registers until they are written.
-    template <int V, int P, bool WHOLE>
+    // P pixels of V vectors of channels: sums stay in registers until they are written. K: the width of the kernel if it
+    // is known and moves by single pixels; each input is then read once for all outputs in its row. 0: any other.
+    template <int V, int P, int K, bool WHOLE>
     void convolve(const char* from, int64_t row, int64_t column, int64_t channel, int64_t lanes, char* to) const {
         Vector sums[P][V];
         for (int p = 0; p < P; ++p)
@@ -72,6 +76,11 @@ struct Channelwise {
         for (int64_t down = 0; down < op.kernel_height; ++down) {
             const int64_t y = row * op.stride_height - op.pad_height + down * op.dilation_height;
             if (y < 0 || y >= input.height) continue;
+            if constexpr (K > 0) {
+                add_row<V, P, K>(sums, (const float*)op.weight + down * K * padded + channel,
+                                 from + input.pixel(y, left) * pitch + channel * Number::SIZE);
+                continue;
+            }
             for (int64_t across = 0; across < op.kernel_width; ++across) {
                 const float* weight = (const float*)op.weight + (down * op.kernel_width + across) * padded + channel;
                 const char* x = from + input.pixel(y, left + across * op.dilation_width) * pitch + channel * Number::SIZE;
@@ -90,6 +99,30 @@ struct Channelwise {
             for (int v = 0; v < V; ++v) put(to + (column + p) * pitch, channel + v * LANES, sums[p][v]);
     }
 
+    // The products of one row of a kernel.
+    template <int V, int P, int K>
+    __attribute__((always_inline)) void add_row(Vector (&sums)[P][V], const float* weight, const char* x) const {
+        Vector weights[K][V];
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) weights[k][v] = *(const Vector*)(weight + k * padded + v * LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < P + K - 1; ++i) {
+            const char* place = x + i * pitch;
+            CHECK(place >= input.data);
+            CHECK(place + V * LANES * Number::SIZE <= input.data + program.batch * input.image_bytes);
+            Vector values[V];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) values[v] = Number::read_vector(place + v * LANES * Number::SIZE);
+#pragma GCC unroll 8
+            for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v)
+                    if (i - p >= 0 && i - p < K) sums[p][v] += values[v] * weights[i - p][v];
+        }
+    }
+
     void put(char* pixel, int64_t channel, Vector value) const {
         const int64_t lanes = std::min(LANES, input.channels - channel);
         write_some<Number>(pixel + channel * Number::SIZE, value, lanes);
@@ -99,11 +132,11 @@ struct Channelwise {
     // Of one pixel: to a mean of zero and a variance of one, times weights, plus biases.
     void normalise(const char* from, char* to) const {
         const float *weight = (const float*)op.rows, *bias = weight + padded, epsilon = bias[padded];
+        const int64_t whole = input.channels / LANES * LANES, rest = input.channels - whole;
         const auto each = [&](const auto& work) {
-            for (int64_t channel = 0; channel < input.channels; channel += LANES) {
-                const int64_t lanes = std::min(LANES, input.channels - channel);
-                work(channel, lanes, read_some<Number>(from + channel * Number::SIZE, lanes));
-            }
+            for (int64_t channel = 0; channel < whole; channel += LANES)
+                work(channel, LANES, Number::read_vector(from + channel * Number::SIZE));
+            if (rest) work(whole, rest, read_some<Number>(from + whole * Number::SIZE, rest));
         };
         Vector sum = {};
         each([&](int64_t, int64_t, Vector value) { sum += value; });
@@ -118,12 +151,6 @@ struct Channelwise {
         each([&](int64_t channel, int64_t, Vector value) {
             put(to, channel, (value - mean) * scale * *(const Vector*)(weight + channel) + *(const Vector*)(bias + channel));
         });
-    }
-
-    static float total(Vector values) {
-        float sum = 0;
-        for (int64_t lane = 0; lane < LANES; ++lane) sum += values[lane];
-        return sum;
     }
 };
 

@@ -1,4 +1,5 @@
 // A convolution for one group of images: its weights are gathered, then tiles of pixels and outputs are computed.
+// Longer than other files: both parts share where the weights of a block lie.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +7,7 @@
 
 #include "kept.h"
 #include "numbers.h"
+#include "team.h"
 
 template <class Number>
 struct Convolution {
@@ -16,13 +18,15 @@ struct Convolution {
     const Kept *reads, *writes;      // null: all
     char* pack;
     const Value* residual;
+    const int64_t team_size, member;
     int64_t taps, in_units, out_count, in_pitch, out_pitch, pixels, runs, blocks, weight_rows;
     bool gathers, picks, by_rows;
+    bool at_once;                    // a thread gathers the weights of a block just before it multiplies with them
     bool whole_rows;                 // kernel positions side by side are one run, of weights and of inputs
 
-    Convolution(const Program& program, const Operation& op, int64_t group_number, char* pack, int64_t team_size)
-        : program(program), op(op), input(program.values[op.input]), output(program.values[op.output]),
-          group(program.groups[group_number]), pack(pack) {
+    Convolution(const Team& team, const Operation& op, int64_t group_number, char* pack)
+        : program(team.program), op(op), input(program.values[op.input]), output(program.values[op.output]),
+          group(program.groups[group_number]), pack(pack), team_size(team.size), member(team.member) {
         const Kepts kepts(program, group);
         reads = kepts.of(input);
         writes = kepts.of(output);
@@ -36,24 +40,35 @@ struct Convolution {
         weight_rows = ceil_divide(input.channels, Number::PAIR);
         pixels = output.height * output.width;
         blocks = ceil_divide(out_count, BLOCK);
-        runs = runs_for(team_size);
         const bool some_in = reads && reads->count < input.channels;
         const bool pays = Number::PAIR > 1 || group.count * pixels >= MANY_PIXELS;
         by_rows = writes && writes->count < output.channels;
         gathers = by_rows || (some_in && pays);
         CHECK(by_rows ? op.rows : op.weight);
         picks = some_in && !gathers;
+        at_once = gathers && gathers_at_once();
+        runs = at_once ? ceil_divide(group.count * pixels, RUN) : runs_for();
         whole_rows = !picks && op.dilation_width == 1;
         CHECK(op.kernel_width * in_units * 4 <= (int64_t)sizeof(zeros));
         CHECK(op.pad_width <= input.pad);
     }
 
     // Few enough pixels at a time that all threads have about the same to do.
-    int64_t runs_for(int64_t team_size) const {
+    int64_t runs_for() const {
         const int64_t all = group.count * pixels, least = ceil_divide(all, RUN);
         if (team_size == 1 || !blocks || least * blocks >= 8 * team_size) return least;
         const int64_t most = std::max(least, all / SHORT_RUN);
         return std::min(most, round_up(std::max(least, ceil_divide(2 * team_size, blocks)), team_size));
+    }
+
+    int64_t in_bytes() const { return group.count * input.height * input.width * in_pitch; }
+    int64_t block_bytes() const { return taps * in_units * BLOCK * 4; }
+
+    // Where blocks run one by one, of which each thread has several, and where a block stays in the second-level cache:
+    // what is gathered then never leaves it, and the rows of the next block come while this one is multiplied with.
+    bool gathers_at_once() const {
+        const bool by_blocks = taps == 1 && in_bytes() <= blocks * block_bytes() && blocks >= 2 * team_size;
+        return by_blocks && block_bytes() <= 2 * CACHED;
     }
 
     // ------------------------------------------------------------------------------------------- gather
@@ -62,7 +77,7 @@ struct Convolution {
     bool squeezes() const { return reads && reads->count < input.channels; }
     int64_t parts() const { return ceil_divide(by_rows ? taps * in_units : in_units, GATHERED); }
     int64_t pack_items() const {
-        if (!gathers) return 0;
+        if (!gathers || at_once) return 0;
         return by_rows ? ceil_divide(out_count, LANES) * (squeezes() ? taps : parts()) : blocks * taps * parts();
     }
 
@@ -73,6 +88,16 @@ struct Convolution {
         if (by_rows) return transpose(turn * LANES, first, std::min(first + GATHERED, taps * in_units));
         select(turn / taps, turn % taps, first, std::min(first + GATHERED, in_units));
     }
+
+    // The same of a whole block, at once.
+    void gather_block(int64_t block) const {
+        if (!by_rows) return select(block, 0, 0, in_units);
+        for (int64_t number = block * BLOCK; number < std::min(out_count, (block + 1) * BLOCK); number += LANES)
+            squeezes() ? squeeze(number, 0) : transpose(number, 0, in_units);
+    }
+
+    // Where the gathered weights of a block lie; each thread has a place for one if it gathers just before it multiplies.
+    char* packed_block(int64_t block) const { return pack + (at_once ? member : block) * block_bytes(); }
 
     typedef const char* Rows[LANES];
 
@@ -86,9 +111,9 @@ struct Convolution {
     }
 
     uint32_t* packed(int64_t output_number, int64_t unit, [[maybe_unused]] int64_t count) const {
-        const int64_t place = (output_number / BLOCK * taps * in_units + unit) * BLOCK + output_number % BLOCK;
-        CHECK(place >= 0 && (place + (count - 1) * BLOCK + LANES) * 4 <= program.pack_bytes);
-        return (uint32_t*)pack + place;
+        uint32_t* place = (uint32_t*)packed_block(output_number / BLOCK) + unit * BLOCK + output_number % BLOCK;
+        CHECK((char*)place >= pack && (char*)(place + (count - 1) * BLOCK + LANES) <= pack + program.pack_bytes);
+        return place;
     }
 
     // Of a vector of kept outputs, whose rows are all that is read; they come out as columns.
@@ -194,21 +219,40 @@ struct Convolution {
 
     // --------------------------------------------------------------------------------------- convolution
 
-    int64_t run_items() const { return runs * blocks; }
+    // Where a thread gathers at once: its blocks, and a share of the pixels of each block that is left over.
+    int64_t run_items() const { return at_once ? (blocks / team_size + blocks % team_size) * team_size : runs * blocks; }
 
-    // Compute one block of outputs of a few pixels, those of all images counted through.
+    // Compute one block of outputs of a few pixels, those of all images counted through; or of all of them, if a thread
+    // gathers the weights for it.
     void run(int64_t item) const {
+        if (at_once) {
+            const int64_t each = blocks / team_size, items = each + blocks % team_size;
+            const int64_t share = item / items, number = item % items, whole = each * team_size;
+            const auto block_of = [&](int64_t i) { return i < each ? share * each + i : whole + i - each; };
+            const bool is_shared = number >= each;
+            const int64_t first = is_shared ? runs * share / team_size : 0;
+            const int64_t last = is_shared ? runs * (share + 1) / team_size : runs;
+            if (first == last) return;
+            gather_block(block_of(number));
+            int64_t tiles = 0;
+            for (int64_t r = first; r < last; ++r) run_block(block_of(number), r, tiles, block_of(number + 1));
+            return;
+        }
         // Block by block, so that weights stay in the cache; or if inputs are larger, as many pixels at a time as stay
         // there with their inputs; or if all weights stay there, all blocks of some pixels, which lie together.
         int64_t together = runs;
-        const int64_t in_bytes = group.count * input.height * input.width * in_pitch;
-        const int64_t weight_bytes = blocks * BLOCK * taps * in_units * 4;
-        if (in_bytes > weight_bytes) together = std::max<int64_t>(1, CACHED * runs / in_bytes);
+        const int64_t weight_bytes = blocks * block_bytes();
+        if (in_bytes() > weight_bytes) together = std::max<int64_t>(1, CACHED * runs / in_bytes());
         if (weight_bytes <= CACHED) together = 1;
         const int64_t first = item / (blocks * together) * together;
         const int64_t members = std::min(together, runs - first);
-        const int64_t block = (item - first * blocks) / members;
-        const int64_t run = first + (item - first * blocks) % members;
+        int64_t tiles = 0;
+        run_block((item - first * blocks) / members, first + (item - first * blocks) % members, tiles, blocks);
+    }
+
+    // One block of outputs of one run of pixels. `tiles_done`: how many tiles have used the same weights before; `next`:
+    // the block that this thread probably takes next.
+    void run_block(int64_t block, int64_t run, int64_t& tiles_done, int64_t next) const {
         const int64_t all = group.count * pixels, begin = all * run / runs, end = all * (run + 1) / runs;
         const int64_t first_image = begin / pixels;
         const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
@@ -224,18 +268,38 @@ struct Convolution {
             for (int64_t k = 0; k < count; ++k) gate[k] = all[writes->index[block * BLOCK + k]];
             std::fill(gate + count, gate + BLOCK, 0.0f);
         }
-        const char* weight = (gathers ? pack : op.weight) + block * taps * (gathers ? in_units : weight_rows) * BLOCK * 4;
+        const char* weight = gathers ? packed_block(block) : op.weight + block * taps * weight_rows * BLOCK * 4;
         for (int64_t v = 0; v < vectors; v += MAX_VECTORS) {
             const int64_t now = std::min<int64_t>(MAX_VECTORS, vectors - v);
             const int64_t tiles = ceil_divide(end - begin, MAX_PIXELS[now]);
-            for (int64_t t = 0; t < tiles; ++t) {
+            for (int64_t t = 0; t < tiles; ++t, ++tiles_done) {
                 const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
                 const int64_t channel = block * BLOCK + v * LANES;
                 dispatch<MAX_VECTORS, 1>(now, to - from, from, first_image, weight + v * LANES * 4, bias + v * LANES,
-                                         &gates[0][v * LANES], channel, std::min(out_count - channel, now * LANES));
+                                         &gates[0][v * LANES], channel, std::min(out_count - channel, now * LANES),
+                                         fetched(next, tiles_done));
             }
         }
         clear_pads(begin, end, block);
+    }
+
+    // What is fetched into the second-level cache while a tile is computed: for the unit k of the products a part of row
+    // `index[k & mask]`.
+    struct Fetched {
+        const char* base = zeros;
+        const int32_t* index = (const int32_t*)zeros;
+        int64_t row_bytes = 0, mask = 0, shift = 63;
+        const char* of(int64_t k) const { return base + index[k & mask] * row_bytes + (k >> shift) * 64; }
+    };
+
+    // A quarter of the rows of a block that is gathered soon, or of each of them. So many tiles have fetched others.
+    Fetched fetched(int64_t block, int64_t part) const {
+        if (!at_once || block >= blocks || part >= BLOCK / LANES) return {};
+        if (!by_rows && Number::PAIR > 1) return {};  // a row holds two inputs, of which one may be closed
+        if (!by_rows) return {op.weight + (block * weight_rows * BLOCK + part * LANES) * 4, reads->index, BLOCK * 4, -1, 63};
+        const int64_t first = block * BLOCK + part * LANES;
+        if (first + LANES > out_count) return {};
+        return {op.rows, writes->index + first, weight_rows * 4, LANES - 1, 4};
     }
 
     template <int V, int P, class... Args>
@@ -261,7 +325,8 @@ struct Convolution {
     // P pixels by V vectors of outputs: sums stay in registers until they are written.
     template <int V, int P, bool WHOLE_ROWS>
     __attribute__((noinline)) void tile(int64_t from, int64_t first_image, const char* weight, const float* bias,
-                                        const float* gates, int64_t channel, int64_t count) const {
+                                        const float* gates, int64_t channel, int64_t count,
+                                        Fetched next) const {
         Pixel tile_pixels[P];
         locate(tile_pixels, P, from, first_image, gates, channel);
         for (int p = 0; p < P; ++p)  // what the end of the tile needs comes while products are made
@@ -295,9 +360,9 @@ struct Convolution {
                 }
                 const char* row = weight + across * tap_bytes;
                 if (!WHOLE_ROWS && picks)
-                    add_products<V, P, true>(sums, x, row, units);
+                    add_products<V, P, true>(sums, x, row, units, next);
                 else
-                    add_products<V, P, false>(sums, x, row, units);
+                    add_products<V, P, false>(sums, x, row, units, next);
             }
         }
 #pragma GCC unroll 8
@@ -307,7 +372,8 @@ struct Convolution {
     // Products of `units` neighbouring inputs of each pixel, whose weights lie in rows of a block, with some left out or not.
     template <int V, int P, bool PICKS>
     __attribute__((always_inline)) void add_products(Vector (&sums)[P][V], const uint32_t* const (&x)[P],
-                                                     const char* weight, int64_t units) const {
+                                                     const char* weight, int64_t units,
+                                                     const Fetched& next) const {
         const int32_t* index = PICKS ? reads->index : nullptr;
         for (int64_t k = 0; k < units; ++k) {
             const char* row = weight + (PICKS ? index[k] : k) * BLOCK * 4;
@@ -318,6 +384,7 @@ struct Convolution {
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) __builtin_prefetch(later + v * LANES * 4);
             }
+            __builtin_prefetch(next.of(k), 0, 2);  // in a function of its own GCC would leave it out
             Units w[V];
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) w[v] = *(const Units*)(row + v * LANES * 4);

@@ -87,6 +87,15 @@ static void write_some(char* place, Vector value, int64_t lanes) {
     for (int64_t lane = 0; lane < lanes; ++lane) Number::write(place + lane * Number::SIZE, value[lane]);
 }
 
+// The sum of all lanes: halves are added until one is left, which takes few steps that wait for each other.
+static float total(Vector x) {
+    x += __builtin_shuffle(x, Units{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    x += __builtin_shuffle(x, Units{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    x += __builtin_shuffle(x, Units{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    x += __builtin_shuffle(x, Units{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+    return x[0];
+}
+
 // erf(x) = x P(x^2) / Q(x^2) up to 4, where it is 1 to float rounding. The coefficients are a fit of least relative error,
 // 6e-8, by repeated least squares.
 static Vector erf_of(Vector x) {

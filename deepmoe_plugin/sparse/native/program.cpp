@@ -48,7 +48,7 @@ static void run_step(Team& team, const Step& now, const Step* next, int64_t numb
     char* next_pack = team.pack[(number + 1) % 2];
     std::optional<Convolution<Number>> following;
     if (next && next->op->kind == CONVOLVE && team.size > 1)
-        following.emplace(team.program, *next->op, next->group, next_pack, team.size);
+        following.emplace(team, *next->op, next->group, next_pack);
     const int64_t more = following ? following->pack_items() : 0;
     const auto together = [&](int64_t own, const auto& work) {
         // Some gathering comes early, which is a matter of memory, while others multiply; what is left fills the end.
@@ -62,7 +62,7 @@ static void run_step(Team& team, const Step& now, const Step* next, int64_t numb
         });
     };
     if (op.kind == CONVOLVE) {
-        const Convolution<Number> convolution(team.program, op, now.group, pack, team.size);
+        const Convolution<Number> convolution(team, op, now.group, pack);
         if (team.size == 1)
             for (int64_t item = 0; item < convolution.pack_items(); ++item) convolution.gather(item);
         together(convolution.run_items(), convolution);
@@ -87,7 +87,7 @@ static void run_steps(Team& team, Walk walk) {
     Step now, next;
     if (!walk.next(now)) return;
     if (team.size > 1 && now.op->kind == CONVOLVE) {
-        const Convolution<Number> convolution(team.program, *now.op, now.group, team.pack[0], team.size);
+        const Convolution<Number> convolution(team, *now.op, now.group, team.pack[0]);
         if (const int64_t items = convolution.pack_items()) {
             const auto count = [&](int64_t thread) { return team.part(items, thread).count; };
             team.share(count, [&](int64_t thread, int64_t item) { convolution.gather(team.part(items, thread).first + item); });
