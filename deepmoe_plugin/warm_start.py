@@ -38,6 +38,7 @@ IMAGE_SHARE = 0.5
 LEAST, MOST = 0.05, 4.0  # of that weight: below, no threshold tells gates apart; above, groups close what is worth most
 SHARPNESS = 8.0
 """Of the mixture: its logits are the negative squared distances to the groups, this many times over their mean."""
+NEAREST = 1e-3  # of the mean squared distance to all images' mean: the mean squared distance to the groups is no less
 PRICE = 0.7
 """Power of the MACs that the worth of an expert is divided by: at 1, expensive layers end with hardly an expert."""
 NEARNESS = 0.5  # groups differ in experts whose rank is this near to the last one that the budget has room for
@@ -239,7 +240,9 @@ def _group_images(network: GatedNetwork, loader: Iterable[Batch], rows: Tensor, 
         / sizes.clamp(min=1)[:, None]
     )
     # The softmax of negative squared distances is linear in the features: the term that all groups share cancels.
-    scale = SHARPNESS / distance.clamp(min=torch.finfo(distance.dtype).tiny)
+    # With no more images than groups each is its own group, at a distance of zero.
+    least = NEAREST * points.square().sum(1).mean()
+    scale = SHARPNESS / distance.clamp(min=least.clamp(min=torch.finfo(distance.dtype).eps))
     pull = scale * centers @ metric.float()
     mixture.weight.copy_(2 * pull)
     far = torch.where(sizes > 0, 0, -torch.inf).nan_to_num(neginf=-1e4)  # no image belongs to an empty group

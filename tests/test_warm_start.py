@@ -150,6 +150,15 @@ def test_an_empty_loader_is_refused():
         warm_start(trained('cifar'), [], nn.CrossEntropyLoss(), progress=False)
 
 
+@pytest.mark.parametrize('kinds', [1, 2])
+def test_no_more_kinds_of_images_than_groups(kinds):
+    model = trained('cifar', num_latent_experts=8, target_macs=0.6)
+    x = images(kinds).repeat(4, 1, 1, 1)
+    data = [(x, torch.arange(len(x)) % 2)]
+    warm_start(model, data, nn.CrossEntropyLoss(), progress=False)
+    assert model.eval()(x).isfinite().all()
+
+
 def test_a_network_that_is_not_trained_is_refused():
     model = small('cifar')
     with pytest.raises(ValueError, match='needs a trained network'):
