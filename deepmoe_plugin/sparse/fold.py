@@ -104,8 +104,7 @@ def fingerprint(module: nn.Module) -> Callable[[], bool]:
     kinds = ('_modules', '_parameters', '_buffers')
     parts = list(module.modules())
     hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-    # Looking costs time, as little of this is in the cache: nothing reads `num_batches_tracked` in evaluation mode, and
-    # `.to`, which leaves the object, moves all parameters of a module that have one type.
+    # Looking costs time, as little of this is in the cache: nothing reads `num_batches_tracked` in evaluation mode.
     held = [
         (part.__dict__[kind], key)
         for part in parts
@@ -116,8 +115,7 @@ def fingerprint(module: nn.Module) -> Callable[[], bool]:
     holders, keys = [holder for holder, _ in held], [key for _, key in held]
     values = list(map(dict.get, holders, keys))
     counted = [value for value in values if isinstance(value, Tensor) and not value.is_inference()]
-    own = [[value for value in part._parameters.values() if value is not None] for part in parts]
-    moved = [one for tensors in own for one in {value.dtype: value for value in tensors}.values()]
+    moved = [value for value in values if isinstance(value, nn.Parameter)]  # `.to` and `.data` leave the object
     version = operator.attrgetter('_version')
     versions, pointers = list(map(version, counted)), list(map(Tensor.data_ptr, moved))
     bare, hooked = [found for found in hooks if not found], [(found, len(found)) for found in hooks if found]
