@@ -494,3 +494,6 @@ def test_weights_of_all_experts_are_made_when_all_are_kept() -> None:
     gates[1][:] = 1
     assert_exact(model, images(1), sparse)
     assert sum(weight.blocks is not None for weight in gated) == 1
+    gates[0][:, : int(0.9 * gates[0].shape[1])] = 1  # more than a group selects
+    assert_exact(model, images(1), sparse)
+    assert sum(weight.blocks is not None for weight in gated) == 2
