@@ -10,11 +10,6 @@ from deepmoe_plugin.handover import measure_handover
 CLASSES, PER_CLASS = 5, 201
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def mixtures_of(labels: Tensor, sharpness: float) -> Tensor:
     """Mixtures that lean towards one latent expert of each class, in the noise of the image."""
     logits = 0.5 * torch.randn(len(labels), 64) + sharpness * torch.eye(64)[labels]

@@ -29,11 +29,6 @@ dense_networks = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def close(model, counts):
     """Make the network keep the first `counts[l]` experts of layer l, whatever the image; whole groups of them."""
     gates = model.gating.gates

@@ -12,11 +12,6 @@ KEPT = torch.tensor([[1, 0, 1, 1, 0], [1, 0, 0, 1, 0], [1, 0, 0, 0, 0], [0, 0, 1
 STATS = GateStatistics(KEPT, ('first', 'second'), (2, 3))
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def test_fractions_by_hand():
     assert STATS.kept_experts == pytest.approx(8 / 20)
     assert STATS.dynamic_experts == pytest.approx(3 / 5)

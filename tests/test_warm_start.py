@@ -12,11 +12,6 @@ from deepmoe_plugin.gating.budget import find_threshold
 STRUCTURES = ['cifar', 'bottleneck_a', 'vgg_cifar', 'convnext', 'grouped']
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def loader(batches=4, batch=16, size=32):
     """Images of two kinds, bright and dark, that a network with random weights already treats differently."""
     found = []
