@@ -13,7 +13,7 @@ os.environ.setdefault('DEEPMOE_CHECKED', '1')
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """The same weights in each run and each order of tests: of some random networks, rounding alone is past tolerances."""
+    """The same weights in each run and order of tests: with some random ones, rounding alone exceeds tolerances."""
     import torch
 
     torch.manual_seed(0)
