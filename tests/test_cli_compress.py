@@ -12,6 +12,7 @@ from timm.models.resnet import BasicBlock
 
 from deepmoe_plugin import set_budget
 from deepmoe_plugin.cli import compress, evaluate, timing
+from deepmoe_plugin.hints import StageHints
 
 ARGS = ['--epochs', '2', '--batch-size', '16', '--workers', '0']
 # Dense networks, each with the arguments that shrink it.
@@ -105,6 +106,24 @@ def test_range_of_budgets_makes_one_network_of_all_of_them(folder, tmp_path):
     smallest = model.gating.gates.threshold.item()
     set_budget(model, macs=0.7)
     assert 0 < model.gating.gates.threshold < smallest
+
+
+def test_stages_of_the_dense_network_are_hints(folder, tmp_path):
+    """With them alone, the stages of the compressed network end nearer to those of the dense one."""
+    dense = timm.create_model('resnet20_cifar', num_classes=2, **NETWORKS['resnet20_cifar']).eval()
+    dense.load_state_dict(load_file(folder / 'resnet20_cifar.safetensors'))
+    images = torch.cat([torch.normal(base, 40, (16, 3, 32, 32)) for base in (170.0, 60.0)]) / 255
+    images = (images - 0.47) / 0.24  # about as the command prepares them
+    errors = []
+    for hint in ('0', '5'):
+        rates = ['--lr', '0.05', '--epochs', '4']
+        summary = run(folder, tmp_path / hint, '--macs', '0.6', '--distill', '0', '--hint', hint, *rates)
+        model = timm.create_model(summary['network'], **summary['model_kwargs'])
+        model.load_state_dict(load_file(tmp_path / hint / 'compressed.safetensors'))
+        with torch.no_grad(), StageHints(model, dense) as hints:
+            model(images), dense(images)
+            errors.append(hints.take().item())
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_without_stage_2_the_budget_is_known_at_the_end(folder, tmp_path):
@@ -217,6 +236,7 @@ def test_gated_twin(name, gated):
         (['--macs', '0.7', '0.6'], '--macs takes one fraction, or a smaller and a larger one'),
         (['--epochs', '0'], '--epochs must be at least 1'),
         (['--distill', '2'], '--distill must be a fraction'),
+        (['--hint', '-1'], '--hint must not be negative'),
         (['--dynamic-experts', '2'], '--dynamic-experts must be a fraction'),
     ],
 )

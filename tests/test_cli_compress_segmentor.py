@@ -129,13 +129,18 @@ def test_a_teacher_teaches():
     batch = {key: [item[key] for item in items] for key in ('inputs', 'data_samples')}
     data = model.data_preprocessor(batch, True)
     plain = model.train()(**data, mode='loss')['decode.loss_ce'].item()
-    compress_hook.Teacher(teacher, 0.25, 4.0).teach(model)
+    compress_hook.Teacher(teacher, 0.25, 4.0, hint=2.0).teach(model)
     losses = model(**data, mode='loss')
     assert losses['decode.loss_ce'].item() == pytest.approx(0.75 * plain, rel=1e-4)
     with torch.no_grad():
         wanted, found = (network(data['inputs']) / 4 for network in (teacher.eval(), model))
     divergence = (wanted.softmax(1) * (wanted.log_softmax(1) - found.log_softmax(1))).sum(1).mean()
     assert losses['loss_distill'].item() == pytest.approx(0.25 * 16 * divergence.item(), rel=1e-3)
+    stages = [
+        network.backbone.forward_intermediates(data['inputs'], intermediates_only=True) for network in (model, teacher)
+    ]
+    errors = [(s - t).square().mean() / t.square().mean() for s, t in zip(*stages, strict=True)]
+    assert losses['loss_hint'].item() == pytest.approx(2 * sum(errors).item(), rel=0.01)
     losses['loss_distill'].backward()
     assert model.decode_head.conv_seg.weight.grad.abs().sum() > 0
     assert teacher.decode_head.conv_seg.weight.grad is None

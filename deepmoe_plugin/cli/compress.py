@@ -5,8 +5,8 @@
 
 The gates of its gated twin learn what the experts are worth and which images use the network alike
 (deepmoe_plugin.warm_start), a threshold closes the least useful experts, so that the average image costs the budget,
-and the network trains with these gates, taught by the dense one. The output folder gets a checkpoint of each kind
-(compressed.safetensors with args.yaml, last.pth for --resume), a table (results.md, results.json) and a picture of the
+and the network trains with these gates, taught by the logits and the stages of the dense one. The output folder gets a
+checkpoint of each kind (compressed.safetensors with args.yaml, last.pth for --resume), a table (results.md, results.json) and a picture of the
 experts that each class keeps (experts.png). --baselines trains others as long, on the same images and with the same
 teacher.
 
@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from ..budgets import base_target, draw_budget, set_budget
 from ..gating import GatingConfig
+from ..hints import StageHints
 from ..macs import macs_table
 from ..network import DeepMoE, freeze_gating
 from ..stats import gate_statistics
@@ -324,6 +325,7 @@ def train(
         optimizer.load_state_dict(state['optimizer'])
         start = state['epoch']
     frozen_from = args.epochs - math.floor(args.stage2 * args.epochs)
+    hints = StageHints(model, teacher, None if args.hint else ())
     for epoch in range(start, args.epochs):
         random_seed(args.seed, rank=epoch)  # a resumed epoch draws what an uninterrupted run would
         model.train()
@@ -343,12 +345,13 @@ def train(
                 group['lr'] = args.lr * group.get('lr_scale', 1) * (0.5 + 0.5 * math.cos(math.pi * part))
             if isinstance(model, DeepMoE) and model.gating.frozen:
                 draw_budget(model, epoch * len(loader) + step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            with hints, torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 result = task(images.to(device, memory_format=memory_format), labels.to(device))
+                loss = result['loss'] + args.hint * hints.take()
             optimizer.zero_grad()
-            result['loss'].backward()
+            loss.backward()
             optimizer.step()
-            meter.update(result['loss'].item(), len(images))
+            meter.update(loss.item(), len(images))
             shown = {n: f'{result[n].item():.2f}' for n in ('kept_experts', 'dynamic_experts') if n in result}
             progress.set_postfix(loss=f'{meter.avg:.3f}', **shown)
         if isinstance(model, DeepMoE) and model.gating.frozen:

@@ -166,7 +166,9 @@ class Segmentors:
         return runner
 
     def _teacher(self) -> Teacher | None:
-        return Teacher(self.teacher, self.args.distill, TEMPERATURE) if self.args.distill else None
+        if not self.args.distill and not self.args.hint:
+            return None
+        return Teacher(self.teacher, self.args.distill, TEMPERATURE, self.args.hint)
 
 
 def _twins(config: Config) -> tuple[Config, Config]:

@@ -57,6 +57,12 @@ def add_recipe(parser: argparse.ArgumentParser, baselines: Sequence[str]) -> Non
     parser.add_argument(
         '--distill', type=float, default=0.9, help="weight of the teacher's logits, from 0 to 1 (default: %(default)s)"
     )
+    parser.add_argument(
+        '--hint',
+        type=float,
+        default=1.0,
+        help="weight of the relative error of each stage's output, seen from the teacher's (default: %(default)s)",
+    )
     parser.add_argument('--resume', action='store_true', help='go on from the last state in the output folder')
     parser.add_argument(
         '--baselines', nargs='*', choices=baselines, default=[], help='train these as long as well: %(choices)s'
@@ -68,6 +74,8 @@ def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     for name in ('stage2', 'distill', 'dynamic_experts'):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f'--{name.replace("_", "-")} must be a fraction between 0 and 1, got {getattr(args, name)}')
+    if args.hint < 0:
+        parser.error(f'--hint must not be negative, got {args.hint}')
     given = ' '.join(map(str, args.macs))
     if not all(0 < fraction < 1 for fraction in args.macs):
         parser.error(f'--macs must be a fraction between 0 and 1, got {given}')

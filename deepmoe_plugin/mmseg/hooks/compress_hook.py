@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...budgets import draw_budget, set_budget
 from ...gating import GateBudget
+from ...hints import StageHints
 from ...network import find_deepmoe
 from ...warm_start import warm_start
 from .lookup import model_of, network_of
@@ -38,18 +39,20 @@ class Stages(NamedTuple):
 
 
 class Teacher:
-    """Adds the divergence from the teacher's logits to the losses of a segmentor, pixel by pixel.
+    """Adds to a segmentor's losses the divergence from the teacher's logits, pixel by pixel, and its stages' hints.
 
     Args:
         segmentor: the trained one.
         weight: of the divergence, from 0 to 1; the losses on the labels get the rest.
         temperature: the logits of both are divided by it.
+        hint: weight of the error of each stage of the backbone; see `StageHints`.
     """
 
-    def __init__(self, segmentor: Any, weight: float, temperature: float) -> None:
+    def __init__(self, segmentor: Any, weight: float, temperature: float, hint: float = 0.0) -> None:
         self.segmentor = segmentor.eval().requires_grad_(False)
         self.weight = weight
         self.temperature = temperature
+        self.hint = hint
         self._logits: Tensor | None = None
 
     def teach(self, model: Any) -> None:
@@ -61,17 +64,30 @@ class Teacher:
         head = _head_of(model)
         if not isinstance(getattr(head, 'conv_seg', None), nn.Module):
             raise ValueError(
-                f'{type(head).__name__} has no conv_seg, whose logits a teacher teaches: give --distill 0.'
+                f'{type(head).__name__} has no conv_seg, whose logits a teacher teaches: give --distill 0 --hint 0.'
             )
         self.segmentor.to(next(model.parameters()).device)
         head.conv_seg.register_forward_hook(self._keep)
-        model.register_forward_hook(self._add, with_kwargs=True)
+        hints = StageHints(model.backbone, self.segmentor.backbone, None if self.hint else ())
+
+        def watch(module: nn.Module, _args: Any) -> None:
+            if module.training:
+                hints.watch()
+
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], losses: Any) -> None:
+            try:
+                self._add(args, kwargs, losses, hints)
+            finally:
+                hints.stop()
+
+        model.register_forward_pre_hook(watch)
+        model.register_forward_hook(add, with_kwargs=True)
 
     def _keep(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if module.training:
             self._logits = output
 
-    def _add(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], losses: Any) -> None:
+    def _add(self, args: tuple[Any, ...], kwargs: dict[str, Any], losses: Any, hints: StageHints) -> None:
         logits, self._logits = self._logits, None
         if not isinstance(losses, dict) or logits is None:  # mode is not 'loss'
             return
@@ -87,6 +103,8 @@ class Teacher:
             reduction='none',
         )
         losses['loss_distill'] = self.weight * self.temperature**2 * divergence.sum(1).mean()
+        if self.hint:
+            losses['loss_hint'] = self.hint * hints.take()
 
 
 class CompressHook(Hook):
