@@ -6,9 +6,9 @@
 The gates of its gated twin learn what the experts are worth and which images use the network alike
 (deepmoe_plugin.warm_start), a threshold closes the least useful experts, so that the average image costs the budget,
 and the network trains with these gates, taught by the logits and the stages of the dense one. The output folder gets a
-checkpoint of each kind (compressed.safetensors with args.yaml, last.pth for --resume), a table (results.md, results.json) and a picture of the
-experts that each class keeps (experts.png). --baselines trains others as long, on the same images and with the same
-teacher.
+checkpoint of each kind (compressed.safetensors with args.yaml, last.pth for --resume), a table (results.md,
+results.json) and a picture of the experts that each class keeps (experts.png). --baselines trains others as long, on
+the same images and with the same teacher.
 
 Training images of up to 64 pixels are padded by an eighth of their side and cut at random, as is usual for CIFAR.
 Larger ones get timm's random crops. All are mirrored at random.
