@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "kept.h"
 #include "numbers.h"
@@ -20,6 +21,7 @@ struct Convolution {
     const Value* residual;
     const int64_t team_size, member;
     int64_t taps, in_units, out_count, in_pitch, out_pitch, pixels, runs, blocks, weight_rows;
+    int64_t places, place_units;     // of a gathered block: kernel positions, and units from one to the next
     bool gathers, picks, by_rows;
     bool at_once;                    // a thread gathers the weights of a block just before it multiplies with them
     bool whole_rows;                 // kernel positions side by side are one run, of weights and of inputs
@@ -37,6 +39,8 @@ struct Convolution {
         in_pitch = round_up(in_count, Number::PAIR) * Number::SIZE;
         out_pitch = round_up(out_count, Number::PAIR) * Number::SIZE;
         in_units = ceil_divide(in_count, Number::PAIR);
+        places = taps;
+        place_units = in_units;
         weight_rows = ceil_divide(input.channels, Number::PAIR);
         pixels = output.height * output.width;
         blocks = ceil_divide(out_count, BLOCK);
@@ -62,7 +66,7 @@ struct Convolution {
     }
 
     int64_t in_bytes() const { return group.count * input.height * input.width * in_pitch; }
-    int64_t block_bytes() const { return taps * in_units * BLOCK * 4; }
+    int64_t block_bytes() const { return places * place_units * BLOCK * 4; }
 
     // Where blocks run one by one, of which each thread has several, and where a block stays in the second-level cache:
     // what is gathered then never leaves it, and the rows of the next block come while this one is multiplied with.
@@ -85,7 +89,7 @@ struct Convolution {
     void gather(int64_t item) const {
         if (by_rows && squeezes()) return squeeze(item / taps * LANES, item % taps);
         const int64_t part = item % parts(), turn = item / parts(), first = part * GATHERED;
-        if (by_rows) return transpose(turn * LANES, first, std::min(first + GATHERED, taps * in_units));
+        if (by_rows) return transpose(turn * LANES, 0, first, std::min(first + GATHERED, taps * in_units));
         select(turn / taps, turn % taps, first, std::min(first + GATHERED, in_units));
     }
 
@@ -93,7 +97,7 @@ struct Convolution {
     void gather_block(int64_t block) const {
         if (!by_rows) return select(block, 0, 0, in_units);
         for (int64_t number = block * BLOCK; number < std::min(out_count, (block + 1) * BLOCK); number += LANES)
-            squeezes() ? squeeze(number, 0) : transpose(number, 0, in_units);
+            squeezes() ? squeeze(number, 0) : transpose(number, 0, 0, in_units);
     }
 
     // Where the gathered weights of a block lie; each thread has a place for one if it gathers just before it multiplies.
@@ -110,17 +114,19 @@ struct Convolution {
         }
     }
 
-    uint32_t* packed(int64_t output_number, int64_t unit, [[maybe_unused]] int64_t count) const {
-        uint32_t* place = (uint32_t*)packed_block(output_number / BLOCK) + unit * BLOCK + output_number % BLOCK;
+    uint32_t* packed(int64_t output_number, int64_t tap, int64_t unit, [[maybe_unused]] int64_t count) const {
+        uint32_t* place = (uint32_t*)packed_block(output_number / BLOCK) + (tap * place_units + unit) * BLOCK +
+                          output_number % BLOCK;
         CHECK((char*)place >= pack && (char*)(place + (count - 1) * BLOCK + LANES) <= pack + program.pack_bytes);
         return place;
     }
 
-    // Of a vector of kept outputs, whose rows are all that is read; they come out as columns.
-    void transpose(int64_t output_number, int64_t first, int64_t last) const {
+    // Of a vector of kept outputs, whose rows are all that is read; they come out as columns. Units are those behind the
+    // start of a kernel position, and may be of others after it.
+    void transpose(int64_t output_number, int64_t tap, int64_t first, int64_t last) const {
         Rows rows;
-        find_rows(output_number, first, rows);
-        uint32_t* target = packed(output_number, first, last - first);
+        find_rows(output_number, tap * weight_rows + first, rows);
+        uint32_t* target = packed(output_number, tap, first, last - first);
         const int64_t whole = (last - first) / LANES * LANES;
         for (int64_t k = 0; k < whole; k += LANES) {
             for (int lane = 0; lane < LANES; ++lane) __builtin_prefetch(rows[lane] + (k + AHEAD * LANES) * 4, 0, 2);
@@ -156,7 +162,7 @@ struct Convolution {
             const bool odd = (end - start) % Number::PAIR, ends = last == reads->num_moves;
             for (int lane = 0; lane < LANES && odd && ends; ++lane) squeezed[lane][end - start] = 0;
             const int64_t count = (end - start) / Number::PAIR + (odd && ends);
-            uint32_t* target = packed(output_number, tap * in_units + start / Number::PAIR, count);
+            uint32_t* target = packed(output_number, tap, start / Number::PAIR, count);
             for (int64_t k = 0; k < count; k += LANES) write_columns(columns, k, std::min(LANES, count - k), target);
             start += count * Number::PAIR;
             for (int lane = 0; lane < LANES && odd && !ends; ++lane) squeezed[lane][0] = squeezed[lane][count * Number::PAIR];
@@ -188,28 +194,30 @@ struct Convolution {
         }
     }
 
-    // Of one block of outputs, all kept: rows of closed inputs are left out.
+    // Of one block of outputs, all kept: rows of closed inputs, if there are any, are left out.
     void select(int64_t block, int64_t tap, int64_t first, int64_t last) const {
         const char* source = op.weight + (block * taps + tap) * weight_rows * BLOCK * 4;
         const int64_t bytes = round_up(std::min(BLOCK, out_count - block * BLOCK), LANES) * 4;
-        uint32_t* target = packed(block * BLOCK, tap * in_units, last);
+        uint32_t* target = packed(block * BLOCK, tap, 0, last);
+        const auto index = [&](int64_t number) { return reads ? reads->index[number] : number; };
+        const int64_t in_count = reads ? reads->count : input.channels;
         const auto row = [&](int64_t number) {
-            const char* found = source + reads->index[number] / Number::PAIR * BLOCK * 4;
+            const char* found = source + index(number) / Number::PAIR * BLOCK * 4;
             CHECK(found >= op.weight && found + bytes <= op.weight + op.weight_bytes);
             return found;
         };
         for (int64_t k = first; k < last; ++k) {
-            const int64_t later = std::min((k + AHEAD) * Number::PAIR, reads->count - 1), a = k * Number::PAIR;
+            const int64_t later = std::min((k + AHEAD) * Number::PAIR, in_count - 1), a = k * Number::PAIR;
             const char *from = row(a), *ahead = row(later);
-            const char* other = Number::PAIR > 1 && a + 1 < reads->count ? row(a + 1) : nullptr;
+            const char* other = Number::PAIR > 1 && a + 1 < in_count ? row(a + 1) : nullptr;
             for (int64_t place = 0; place < bytes; place += 64) {
                 __builtin_prefetch(ahead + place, 0, 2);
                 Units units = *(const Units*)(from + place);
                 if (Number::PAIR > 1) {
-                    units = reads->index[a] % 2 ? units >> 16 : units & 0xffffu;
+                    units = index(a) % 2 ? units >> 16 : units & 0xffffu;
                     if (other) {
                         const Units second = *(const Units*)(other + place);
-                        units |= reads->index[a + 1] % 2 ? second & 0xffff0000u : second << 16;
+                        units |= index(a + 1) % 2 ? second & 0xffff0000u : second << 16;
                     }
                 }
                 *(Units*)((char*)(target + k * BLOCK) + place) = units;
@@ -250,6 +258,25 @@ struct Convolution {
         run_block((item - first * blocks) / members, first + (item - first * blocks) % members, tiles, blocks);
     }
 
+    struct Factors {          // of a block of outputs; gates of some images
+        alignas(64) float bias[BLOCK], gates[RUN + 1][BLOCK];
+    };
+
+    void find_factors(int64_t block, int64_t first_image, int64_t last_image, Factors& found) const {
+        const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
+        for (int64_t k = 0; k < count; ++k)
+            found.bias[k] = op.bias[writes ? writes->index[block * BLOCK + k] : block * BLOCK + k];
+        std::fill(found.bias + count, found.bias + BLOCK, 0.0f);
+        CHECK(last_image - first_image <= RUN);
+        for (int64_t i = first_image; writes && i <= last_image; ++i) {
+            const float* all = program.gates + program.images[group.first + i] * program.layer_starts[program.num_layers] +
+                               program.layer_starts[output.layer];
+            float* gate = found.gates[i - first_image];
+            for (int64_t k = 0; k < count; ++k) gate[k] = all[writes->index[block * BLOCK + k]];
+            std::fill(gate + count, gate + BLOCK, 0.0f);
+        }
+    }
+
     // One block of outputs of one run of pixels. `tiles_done`: how many tiles have used the same weights before; `next`:
     // the block that this thread probably takes next.
     void run_block(int64_t block, int64_t run, int64_t& tiles_done, int64_t next) const {
@@ -258,16 +285,8 @@ struct Convolution {
         const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
         const int64_t vectors = ceil_divide(count, LANES);
 
-        alignas(64) float bias[BLOCK] = {}, gates[RUN + 1][BLOCK];
-        for (int64_t k = 0; k < count; ++k)
-            bias[k] = op.bias[writes ? writes->index[block * BLOCK + k] : block * BLOCK + k];
-        for (int64_t i = first_image; writes && i <= (end - 1) / pixels; ++i) {
-            const float* all = program.gates + program.images[group.first + i] * program.layer_starts[program.num_layers] +
-                               program.layer_starts[output.layer];
-            float* gate = gates[i - first_image];
-            for (int64_t k = 0; k < count; ++k) gate[k] = all[writes->index[block * BLOCK + k]];
-            std::fill(gate + count, gate + BLOCK, 0.0f);
-        }
+        Factors factors;
+        find_factors(block, first_image, (end - 1) / pixels, factors);
         const char* weight = gathers ? packed_block(block) : op.weight + block * taps * weight_rows * BLOCK * 4;
         for (int64_t v = 0; v < vectors; v += MAX_VECTORS) {
             const int64_t now = std::min<int64_t>(MAX_VECTORS, vectors - v);
@@ -275,9 +294,13 @@ struct Convolution {
             for (int64_t t = 0; t < tiles; ++t, ++tiles_done) {
                 const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
                 const int64_t channel = block * BLOCK + v * LANES;
-                dispatch<MAX_VECTORS, 1>(now, to - from, from, first_image, weight + v * LANES * 4, bias + v * LANES,
-                                         &gates[0][v * LANES], channel, std::min(out_count - channel, now * LANES),
-                                         fetched(next, tiles_done));
+                with_size(now, to - from, [&](auto vectors_now, auto pixels_now) {
+                    const auto compute = whole_rows ? &Convolution::tile<vectors_now, pixels_now, true>
+                                                    : &Convolution::tile<vectors_now, pixels_now, false>;
+                    (this->*compute)(from, first_image, weight + v * LANES * 4, factors.bias + v * LANES,
+                                     &factors.gates[0][v * LANES], channel, std::min(out_count - channel, now * LANES),
+                                     fetched(next, tiles_done));
+                });
             }
         }
         clear_pads(begin, end, block);
@@ -302,16 +325,16 @@ struct Convolution {
         return {op.rows, writes->index + first, weight_rows * 4, LANES - 1, 4};
     }
 
-    template <int V, int P, class... Args>
-    void dispatch(int64_t vectors, int64_t count, Args... args) const {
+    // Calls `work` with the numbers of vectors and pixels as types, as it needs a register for each sum.
+    template <int V = MAX_VECTORS, int P = 1, class Work>
+    static void with_size(int64_t vectors, int64_t count, const Work& work) {
         if constexpr (V > 1) {
-            if (vectors < V) return dispatch<V - 1, 1>(vectors, count, args...);
+            if (vectors < V) return with_size<V - 1, 1>(vectors, count, work);
         }
         if constexpr (P < MAX_PIXELS[V]) {
-            if (count > P) return dispatch<V, P + 1>(vectors, count, args...);
+            if (count > P) return with_size<V, P + 1>(vectors, count, work);
         }
-        if (whole_rows) return tile<V, P, true>(args...);
-        tile<V, P, false>(args...);
+        work(std::integral_constant<int, V>(), std::integral_constant<int, P>());
     }
 
     struct Pixel {
@@ -418,7 +441,9 @@ struct Convolution {
     }
 
     char* at(const Value& value, int64_t image, int64_t row, int64_t column, int64_t channel) const {
-        return value.data + image * value.image_bytes + value.pixel(row, column) * out_pitch + channel * Number::SIZE;
+        const int64_t place = image * value.image_bytes + value.pixel(row, column) * out_pitch + channel * Number::SIZE;
+        CHECK(place >= 0 && place < program.batch * value.image_bytes);
+        return value.data + place;
     }
 
     // Zeros around the rows that end among these pixels, and before the first row of an image; of one block.
