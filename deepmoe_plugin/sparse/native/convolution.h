@@ -87,9 +87,10 @@ struct Convolution {
 
     // Write the weights of kept inputs and outputs: of some outputs, kernel positions and inputs.
     void gather(int64_t item) const {
-        if (by_rows && squeezes()) return squeeze(item / taps * LANES, item % taps);
+        if (by_rows && squeezes()) return squeeze(item / taps * LANES, item % taps, columns_of(item / taps * LANES));
         const int64_t part = item % parts(), turn = item / parts(), first = part * GATHERED;
-        if (by_rows) return transpose(turn * LANES, 0, first, std::min(first + GATHERED, taps * in_units));
+        if (by_rows)
+            return transpose(turn * LANES, first, std::min(first + GATHERED, taps * in_units), columns_of(turn * LANES));
         select(turn / taps, turn % taps, first, std::min(first + GATHERED, in_units));
     }
 
@@ -97,7 +98,7 @@ struct Convolution {
     void gather_block(int64_t block) const {
         if (!by_rows) return select(block, 0, 0, in_units);
         for (int64_t number = block * BLOCK; number < std::min(out_count, (block + 1) * BLOCK); number += LANES)
-            squeezes() ? squeeze(number, 0) : transpose(number, 0, 0, in_units);
+            squeezes() ? squeeze(number, 0, columns_of(number)) : transpose(number, 0, in_units, columns_of(number));
     }
 
     // Where the gathered weights of a block lie; each thread has a place for one if it gathers just before it multiplies.
@@ -114,31 +115,35 @@ struct Convolution {
         }
     }
 
-    uint32_t* packed(int64_t output_number, int64_t tap, int64_t unit, [[maybe_unused]] int64_t count) const {
-        uint32_t* place = (uint32_t*)packed_block(output_number / BLOCK) + (tap * place_units + unit) * BLOCK +
-                          output_number % BLOCK;
+    uint32_t* packed(int64_t output_number, int64_t unit, [[maybe_unused]] int64_t count) const {
+        uint32_t* place = (uint32_t*)packed_block(output_number / BLOCK) + unit * BLOCK + output_number % BLOCK;
         CHECK((char*)place >= pack && (char*)(place + (count - 1) * BLOCK + LANES) <= pack + program.pack_bytes);
         return place;
     }
 
-    // Of a vector of kept outputs, whose rows are all that is read; they come out as columns. Units are those behind the
-    // start of a kernel position, and may be of others after it.
-    void transpose(int64_t output_number, int64_t tap, int64_t first, int64_t last) const {
+    struct Columns {         // where the weights of a vector of outputs come to lie, for each unit of inputs
+        uint32_t* start;
+        int64_t pitch;
+        uint32_t* of(int64_t unit) const { return start + unit * pitch; }
+    };
+    Columns columns_of(int64_t output_number) const { return {packed(output_number, 0, taps * in_units), BLOCK}; }
+
+    // Of a vector of kept outputs, whose rows are all that is read; they come out as columns.
+    void transpose(int64_t output_number, int64_t first, int64_t last, const Columns& target) const {
         Rows rows;
-        find_rows(output_number, tap * weight_rows + first, rows);
-        uint32_t* target = packed(output_number, tap, first, last - first);
+        find_rows(output_number, first, rows);
         const int64_t whole = (last - first) / LANES * LANES;
         for (int64_t k = 0; k < whole; k += LANES) {
             for (int lane = 0; lane < LANES; ++lane) __builtin_prefetch(rows[lane] + (k + AHEAD * LANES) * 4, 0, 2);
-            write_columns(rows, k, LANES, target);
+            write_columns(rows, k, LANES, target, first + k);
         }
         for (int64_t k = whole; k < last - first; ++k)
             for (int lane = 0; lane < LANES; ++lane)
-                target[k * BLOCK + lane] = rows[lane] ? ((const uint32_t*)rows[lane])[k] : 0;
+                target.of(first + k)[lane] = rows[lane] ? ((const uint32_t*)rows[lane])[k] : 0;
     }
 
     // The same of one kernel position, closed inputs squeezed out.
-    void squeeze(int64_t output_number, int64_t tap) const {
+    void squeeze(int64_t output_number, int64_t tap, const Columns& target) const {
         alignas(64) typename Number::Channel squeezed[LANES][SQUEEZED + 2 * LANES];
         Rows rows, columns;
         find_rows(output_number, tap * weight_rows, rows);
@@ -162,8 +167,8 @@ struct Convolution {
             const bool odd = (end - start) % Number::PAIR, ends = last == reads->num_moves;
             for (int lane = 0; lane < LANES && odd && ends; ++lane) squeezed[lane][end - start] = 0;
             const int64_t count = (end - start) / Number::PAIR + (odd && ends);
-            uint32_t* target = packed(output_number, tap, start / Number::PAIR, count);
-            for (int64_t k = 0; k < count; k += LANES) write_columns(columns, k, std::min(LANES, count - k), target);
+            const int64_t unit = tap * in_units + start / Number::PAIR;
+            for (int64_t k = 0; k < count; k += LANES) write_columns(columns, k, std::min(LANES, count - k), target, unit + k);
             start += count * Number::PAIR;
             for (int lane = 0; lane < LANES && odd && !ends; ++lane) squeezed[lane][0] = squeezed[lane][count * Number::PAIR];
         }
@@ -171,7 +176,7 @@ struct Convolution {
 
     // Sixteen units of sixteen rows as columns, of which `count` are written. Four times, vectors that are half of all
     // apart are zipped: rows then have become columns.
-    static void write_columns(const Rows& rows, int64_t k, int64_t count, uint32_t* target) {
+    static void write_columns(const Rows& rows, int64_t k, int64_t count, const Columns& target, int64_t unit) {
         Units units[LANES], mixed[LANES];
 #pragma GCC unroll 16
         for (int lane = 0; lane < LANES; ++lane) units[lane] = rows[lane] ? *(const Units*)(rows[lane] + k * 4) : Units{};
@@ -188,36 +193,34 @@ struct Convolution {
         }
         if (count == LANES) {
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) *(Units*)(target + (k + i) * BLOCK) = units[i];
+            for (int i = 0; i < LANES; ++i) *(Units*)target.of(unit + i) = units[i];
         } else {
-            for (int i = 0; i < count; ++i) *(Units*)(target + (k + i) * BLOCK) = units[i];
+            for (int i = 0; i < count; ++i) *(Units*)target.of(unit + i) = units[i];
         }
     }
 
-    // Of one block of outputs, all kept: rows of closed inputs, if there are any, are left out.
+    // Of one block of outputs, all kept: rows of closed inputs are left out.
     void select(int64_t block, int64_t tap, int64_t first, int64_t last) const {
         const char* source = op.weight + (block * taps + tap) * weight_rows * BLOCK * 4;
         const int64_t bytes = round_up(std::min(BLOCK, out_count - block * BLOCK), LANES) * 4;
-        uint32_t* target = packed(block * BLOCK, tap, 0, last);
-        const auto index = [&](int64_t number) { return reads ? reads->index[number] : number; };
-        const int64_t in_count = reads ? reads->count : input.channels;
+        uint32_t* target = packed(block * BLOCK, tap * in_units, last);
         const auto row = [&](int64_t number) {
-            const char* found = source + index(number) / Number::PAIR * BLOCK * 4;
+            const char* found = source + reads->index[number] / Number::PAIR * BLOCK * 4;
             CHECK(found >= op.weight && found + bytes <= op.weight + op.weight_bytes);
             return found;
         };
         for (int64_t k = first; k < last; ++k) {
-            const int64_t later = std::min((k + AHEAD) * Number::PAIR, in_count - 1), a = k * Number::PAIR;
+            const int64_t later = std::min((k + AHEAD) * Number::PAIR, reads->count - 1), a = k * Number::PAIR;
             const char *from = row(a), *ahead = row(later);
-            const char* other = Number::PAIR > 1 && a + 1 < in_count ? row(a + 1) : nullptr;
+            const char* other = Number::PAIR > 1 && a + 1 < reads->count ? row(a + 1) : nullptr;
             for (int64_t place = 0; place < bytes; place += 64) {
                 __builtin_prefetch(ahead + place, 0, 2);
                 Units units = *(const Units*)(from + place);
                 if (Number::PAIR > 1) {
-                    units = index(a) % 2 ? units >> 16 : units & 0xffffu;
+                    units = reads->index[a] % 2 ? units >> 16 : units & 0xffffu;
                     if (other) {
                         const Units second = *(const Units*)(other + place);
-                        units |= index(a + 1) % 2 ? second & 0xffff0000u : second << 16;
+                        units |= reads->index[a + 1] % 2 ? second & 0xffff0000u : second << 16;
                     }
                 }
                 *(Units*)((char*)(target + k * BLOCK) + place) = units;

@@ -1,12 +1,12 @@
 // 3x3 convolutions of stride 1 with fewer products: Winograd's minimal filtering (Lavin and Gray, Fast Algorithms for
 // Convolutional Neural Networks, 2016).
 //
-// A tile of OUT x OUT outputs reads IN x IN inputs, IN = OUT + 2. Both they and the kernel are transformed to IN x IN
-// numbers each, whose products, summed over the input channels, are transformed to the outputs. That are 4 products of an
-// input and an output channel for each output where OUT is 2, 2.25 where it is 4; otherwise there are 9.
+// A tile of OUT x OUT outputs reads IN x IN inputs, IN = OUT + 2. These and the kernel are transformed to IN x IN numbers
+// each, whose products, summed over the input channels, are transformed to the outputs. Of an input and an output channel
+// that takes 4 products for each output where OUT is 2, and 2.25 where it is 4, instead of 9.
 //
-// The weights of kept inputs and outputs are gathered as for any convolution and transformed in their place, so that no
-// weights but the network's own are stored or read.
+// The weights of kept inputs and outputs are transformed as they are gathered, so that no others are stored or read than
+// for other convolutions.
 #pragma once
 
 #include "convolution.h"
@@ -112,34 +112,51 @@ struct Winograd : Convolution<Float> {
     int64_t parts() const { return ceil_divide(in_units, WEIGHTS); }
     int64_t pack_items() const { return by_rows ? ceil_divide(out_count, LANES) : blocks * parts(); }
 
-    // The nine weights of each kept input and output come to the first of the places that they then are transformed to.
     void gather(int64_t item) const {
-        if (by_rows) {
-            const int64_t number = item * LANES;
-            for (int64_t tap = 0; tap < taps; ++tap) squeezes() ? squeeze(number, tap) : transpose(number, tap, 0, in_units);
-            return transform_weights(number, 1, 0, in_units);
-        }
-        const int64_t block = item / parts(), first = item % parts() * WEIGHTS, last = std::min(first + WEIGHTS, in_units);
-        for (int64_t tap = 0; tap < taps; ++tap) select(block, tap, first, last);
-        transform_weights(block * BLOCK, ceil_divide(std::min(BLOCK, out_count - block * BLOCK), LANES), first, last);
+        if (by_rows) return transform_rows(item * LANES);
+        const int64_t first = item % parts() * WEIGHTS;
+        transform_block(item / parts(), first, std::min(first + WEIGHTS, in_units));
     }
 
-    void transform_weights(int64_t output_number, int64_t vectors, int64_t first, int64_t last) const {
+    // Of a vector of kept outputs, whose weights become columns in the memory of this thread first.
+    void transform_rows(int64_t output_number) const {
+        const Columns columns = {(uint32_t*)transformed, LANES};
+        CHECK((char*)columns.of(taps * in_units) <= transformed + program.scratch_bytes);
+        if (squeezes())
+            for (int64_t tap = 0; tap < taps; ++tap) squeeze(output_number, tap, columns);
+        else
+            transpose(output_number, 0, taps * in_units, columns);
+        for (int64_t k = 0; k < in_units; ++k) transform_weights(columns.of(k), in_units * LANES, output_number, k);
+    }
+
+    // Of a block of outputs, all kept, and some kept inputs.
+    void transform_block(int64_t block, int64_t first, int64_t last) const {
+        const int64_t vectors = ceil_divide(std::min(BLOCK, out_count - block * BLOCK), LANES);
+        const int64_t tap_units = weight_rows * BLOCK;
+        const uint32_t* weights = (const uint32_t*)op.weight + block * taps * tap_units;
+        const auto weights_of = [&](int64_t k) {
+            const uint32_t* found = weights + (reads ? reads->index[k] : k) * BLOCK;
+            CHECK((const char*)(found + (taps - 1) * tap_units + vectors * LANES) <= op.weight + op.weight_bytes);
+            return found;
+        };
         for (int64_t k = first; k < last; ++k)
-            for (int64_t v = 0; v < vectors; ++v) {
-                char* weight[PLACES];
-                Vector x[PLACES];
-#pragma GCC unroll 36
-                for (int i = 0; i < PLACES; ++i) weight[i] = (char*)packed(output_number + v * LANES, i, k, 1);
+            for (int64_t v = 0; v < vectors; ++v)
+                transform_weights(weights_of(k) + v * LANES, tap_units, block * BLOCK + v * LANES, k);
+    }
+
+    // The nine weights of an input and some outputs, so many units apart, to what is gathered.
+    __attribute__((always_inline)) void transform_weights(const uint32_t* weight, int64_t tap_units,
+                                                          int64_t output_number, int64_t k) const {
+        Vector x[PLACES];
 #pragma GCC unroll 9
-                for (int tap = 0; tap < 9; ++tap) x[tap / 3 * IN + tap % 3] = *(const Vector*)weight[tap];
+        for (int tap = 0; tap < 9; ++tap) x[tap / 3 * IN + tap % 3] = *(const Vector*)(weight + tap * tap_units);
 #pragma GCC unroll 3
-                for (int row = 0; row < 3; ++row) Transform<OUT>::weights(x + row * IN, 1);
+        for (int row = 0; row < 3; ++row) Transform<OUT>::weights(x + row * IN, 1);
 #pragma GCC unroll 6
-                for (int column = 0; column < IN; ++column) Transform<OUT>::weights(x + column, IN);
+        for (int column = 0; column < IN; ++column) Transform<OUT>::weights(x + column, IN);
+        uint32_t* target = packed(output_number, k, (PLACES - 1) * place_units + 1);
 #pragma GCC unroll 36
-                for (int i = 0; i < PLACES; ++i) *(Vector*)weight[i] = x[i];
-            }
+        for (int i = 0; i < PLACES; ++i) *(Vector*)(target + i * place_units * BLOCK) = x[i];
     }
 
     // --------------------------------------------------------------------------------------- convolution
@@ -156,7 +173,8 @@ struct Winograd : Convolution<Float> {
             find_factors(block, first_image, (first + count - 1) / tiles_of_image, factors);
             const int64_t channels = std::min(BLOCK, out_count - block * BLOCK);
             multiply(block, count, ceil_divide(channels, LANES));
-            for (int64_t i = 0; i < count; ++i) write_outputs(tile_at(first + i), i, block, channels, first_image, factors);
+            for (int64_t i = 0; i < count; ++i)
+                write_outputs(tile_at(first + i), i, block, channels, first_image, factors);
         }
     }
 
@@ -253,7 +271,8 @@ struct Winograd : Convolution<Float> {
 #pragma GCC unroll 4
                 for (int j = 0; j < OUT; ++j) {
                     if (i >= height || j >= width) continue;
-                    const int64_t row = tile.top + i * down, column = tile.left + j * across, channel = block * BLOCK + first;
+                    const int64_t row = tile.top + i * down, column = tile.left + j * across;
+                    const int64_t channel = block * BLOCK + first;
                     char* added = residual ? at(*residual, image, row, column, channel) : nullptr;
                     finish<1>({x[i * IN + j]}, factors.bias + first,
                               {0, nullptr, at(output, image, row, column, channel), added,
