@@ -6,7 +6,7 @@ from .operations import Convolve
 
 MIN_POSITIONS = {4: 256, 2: 64}
 """Side of a tile of outputs to the output positions of an image from which it takes less time than a smaller one.
-Transforming the weights of an image takes as long on any map: (side + 2)^2 numbers are made of nine, which may then come
+Transforming the weights of an image takes as long on any map: (side + 2)^2 numbers are made of nine, and then may come
 from a farther cache. Found on an EPYC (Zen 4) with 1 MiB for each core, with 16 to 512 channels."""
 MIN_INPUTS = 16
 """Input channels from which it pays to transform them for the sake of the products with them."""

@@ -77,12 +77,13 @@ struct Transform<4> {
 template <int OUT>
 struct Winograd : Convolution<Float> {
     static constexpr int IN = OUT + 2, PLACES = IN * IN;
-    static constexpr int64_t WEIGHTS = 64;  // inputs whose weights a thread transforms at a time
+    static constexpr int64_t WEIGHTS = 16;  // inputs whose weights a thread transforms at a time
     static constexpr int64_t SPREAD = 64;   // bytes between arrays that would else share their sets of a cache
     int64_t rows, columns;   // of tiles of an image
     int64_t shares;          // parts of all blocks of outputs that different threads compute of the same tiles
     int64_t most_tiles;      // of a run
     int64_t input_pitch;     // bytes of the transformed inputs of a tile and place
+    int64_t product_pitch;   // the same of their products with a block of weights
     char *transformed, *products;
 
     Winograd(const Team& team, const Operation& op, int64_t group_number, char* pack)
@@ -99,13 +100,14 @@ struct Winograd : Convolution<Float> {
         shares = std::max<int64_t>(1, std::min(blocks, team_size / runs));
         most_tiles = ceil_divide(all, runs);
         input_pitch = round_up(in_units, LANES) * 4;
+        product_pitch = std::min(BLOCK, round_up(out_count, LANES)) * 4;
         transformed = team.scratch;
         products = transformed + PLACES * input_place();
         CHECK(products + PLACES * product_place() <= team.scratch + program.scratch_bytes);
     }
 
     int64_t input_place() const { return most_tiles * input_pitch + SPREAD; }
-    int64_t product_place() const { return most_tiles * BLOCK * 4 + SPREAD; }
+    int64_t product_place() const { return most_tiles * product_pitch + SPREAD; }
 
     // ------------------------------------------------------------------------------------------- gather
 
@@ -227,7 +229,7 @@ struct Winograd : Convolution<Float> {
                     const int64_t from = count * part / parts, to = count * (part + 1) / parts;
                     with_size(now, to - from, [&](auto vectors_now, auto tiles_now) {
                         multiply_tiles<vectors_now, tiles_now>(inputs + from * input_pitch, weight + v * LANES * 4,
-                                                               target + (from * BLOCK + v * LANES) * 4);
+                                                               target + from * product_pitch + v * LANES * 4);
                     });
                 }
             }
@@ -248,7 +250,7 @@ struct Winograd : Convolution<Float> {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) *(Vector*)(target + (p * BLOCK + v * LANES) * 4) = sums[p][v];
+            for (int v = 0; v < V; ++v) *(Vector*)(target + p * product_pitch + v * LANES * 4) = sums[p][v];
     }
 
     void write_outputs(const Tile& tile, int64_t number, int64_t block, int64_t channels, int64_t first_image,
@@ -261,7 +263,7 @@ struct Winograd : Convolution<Float> {
             Vector x[PLACES];
 #pragma GCC unroll 36
             for (int i = 0; i < PLACES; ++i)
-                x[i] = *(const Vector*)(products + i * product_place() + (number * BLOCK + first) * 4);
+                x[i] = *(const Vector*)(products + i * product_place() + number * product_pitch + first * 4);
 #pragma GCC unroll 6
             for (int row = 0; row < IN; ++row) Transform<OUT>::outputs(x + row * IN, 1);
 #pragma GCC unroll 4
