@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import deepmoe_plugin
 from deepmoe_plugin.experts import expert_widths
+from deepmoe_plugin.sparse import program
+from deepmoe_plugin.sparse.winograd import tile_of
 
 pytestmark = pytest.mark.usefixtures('always_sparse')
 
@@ -95,6 +97,20 @@ def check(seed: int) -> None:
 @pytest.mark.parametrize('seed', range(50))
 def test_random_networks(seed: int) -> None:
     check(seed)
+
+
+def test_random_networks_have_every_kind_of_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def seen_tile(*arguments: Any) -> int:
+        tile = tile_of(*arguments)
+        seen.add(tile)
+        return tile
+
+    monkeypatch.setattr(program, 'tile_of', seen_tile)
+    for seed in range(6):
+        check(seed)
+    assert seen == {0, 2, 4}
 
 
 @pytest.mark.slow

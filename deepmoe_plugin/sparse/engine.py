@@ -36,12 +36,14 @@ class Settings:
     Attributes:
         limits: gated layer to the largest kept fraction for which it runs on compact weights.
         ragged_limit: the largest kept fraction for which batches run ragged on a GPU.
+        winograd: run 3x3 convolutions with fewer products where that takes less time; calibration leaves it as it is.
         masked: run the masked network instead; None: where convolutions run by torch, batches of small ones run masked.
     """
 
     def __init__(self) -> None:
         self.limits: dict[int, float] = {}
         self.ragged_limit: float | None = None
+        self.winograd = True
         self.masked: bool | None = None
 
 
@@ -97,7 +99,7 @@ class Executor:
         """The native program, made at the first call."""
         with self._lock:
             if self._program is None:
-                self._program = program.Program(self._whole, self.widths)
+                self._program = program.Program(self._whole, self.widths, self.settings.winograd)
                 self._apply()
             return self._program
 

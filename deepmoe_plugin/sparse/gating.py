@@ -39,7 +39,7 @@ class NativeGating:
     def __init__(self, gating: GatingNetwork, trace: Trace) -> None:
         self.gating = gating
         self.experts_per_gate = gating.gates.experts_per_gate
-        self.program = Program(trace, [])
+        self.program = Program(trace, [], winograd=False)  # each gate must be what torch finds
         self.threshold = np.float32(gating.gates.threshold.item())
         self.tolerances = gating.gates.weight.detach().abs().amax(1).numpy() * np.float32(TOLERANCE)
 

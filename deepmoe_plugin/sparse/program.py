@@ -29,6 +29,7 @@ from .memory import Workspace, buffer
 from .operations import Average, Call, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Softmax, Trace
 from .parts import Part, cut, reads_of
 from .plan import LIMIT, partition
+from .winograd import places, scratch_bytes, tile_of
 
 BLOCK = 64
 """Outputs whose weights lie together, as in native code."""
@@ -51,7 +52,7 @@ OPERATIONS = np.dtype(
         for name in (
             *('kind', 'input', 'output', 'residual', 'kernel_height', 'kernel_width', 'pad_height', 'pad_width'),
             *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'image_channels', 'activation'),
-            *('bias', 'weight', 'weight_bytes', 'rows', 'rows_bytes'),
+            *('tile', 'bias', 'weight', 'weight_bytes', 'rows', 'rows_bytes'),
         )
     ]
 )
@@ -72,7 +73,7 @@ class _Header(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ('images', 'batch', 'layer_starts', 'num_layers', 'most_kept', 'whole')),
         *((name, ctypes.c_int64) for name in ('gates', 'has_lists', 'source')),
         ('source_strides', ctypes.c_int64 * 4),
-        *((name, ctypes.c_int64) for name in ('rooms', 'room_bytes', 'pack_bytes')),
+        *((name, ctypes.c_int64) for name in ('rooms', 'room_bytes', 'pack_bytes', 'scratch', 'scratch_bytes')),
         *((name, ctypes.c_int64) for name in ('num_threads', 'is_bfloat16', 'thread_number', 'thread_count')),
         *((name, ctypes.c_int64) for name in ('lines', 'lacks')),
     ]
@@ -194,10 +195,12 @@ class Program:
     Args:
         trace: of the network.
         widths: experts of each gated layer.
+        winograd: run convolutions with fewer products where that takes less time.
     """
 
-    def __init__(self, trace: Trace, widths: Sequence[int]) -> None:
+    def __init__(self, trace: Trace, widths: Sequence[int], winograd: bool = True) -> None:
         self.trace = trace
+        self.winograd = winograd
         self.widths = np.array(widths, dtype=np.int64)
         self.layer_starts = np.array([0, *itertools.accumulate(widths)], dtype=np.int64)
         self.most_kept = np.zeros(len(widths), dtype=np.int64)
@@ -363,6 +366,8 @@ class Schedule:
                 row.update(rows=weight.rows.data_ptr(), rows_bytes=weight.rows.nbytes)
             if op.residual:
                 row['residual'] = self.numbers[op.residual]
+            if self.program.winograd:
+                row['tile'] = tile_of(op, math.prod(self.shapes[op.output][1:]), self.dtype)
         elif isinstance(op, Norms | Average | Softmax):
             row['kind'] = NORMS if isinstance(op, Norms) else AVERAGE if isinstance(op, Average) else SOFTMAX
         elif isinstance(op, Respond):
@@ -422,12 +427,18 @@ class Schedule:
             table[i]['data'] = start
         self.inside = np.array([i not in self.outside for i in range(len(self.values))], dtype=np.int64)
         self.arena_bytes = max((high for *_, high in taken), default=0)
-        gathered = [
-            self.program.weights[self.values[row['output']]].block_bytes
-            for row in self.operations
-            if row['kind'] == CONVOLVE and max(table['layer'][row['output']], table['layer'][row['input']]) >= 0
-        ]
-        self.pack_bytes = _round_up(max(gathered, default=0) + SLACK, 4096)
+        packs, scratches = [0], [0]
+        for row in self.operations[self.operations['kind'] == CONVOLVE]:
+            weight = self.program.weights[self.values[row['output']]]
+            tile, taps, inputs = int(row['tile']), weight.shape[1], weight.shape[2]
+            if tile:
+                # Transformed at every call, whether or not all are kept. Kernel positions are an input apart.
+                packs.append(weight.block_bytes // (taps * inputs) * places(tile) * (inputs + 1))
+                scratches.append(scratch_bytes(tile, inputs, BLOCK))
+            elif max(table['layer'][row['output']], table['layer'][row['input']]) >= 0:
+                packs.append(weight.block_bytes)
+        self.pack_bytes = _round_up(max(packs) + SLACK, 4096)
+        self.scratch_bytes = _round_up(max(scratches), 4096)
 
     # ------------------------------------------------------------------------------------------------- groups
 
@@ -516,7 +527,7 @@ class Schedule:
     def _frame(self, groups: 'Groups') -> '_Frame':
         """What native code reads: as in the call before if groups are alike and memory lies where it did."""
         threads = torch.get_num_threads()
-        more = groups.lists_bytes + _lines_bytes(threads)
+        more = groups.lists_bytes + _lines_bytes(threads) + threads * self.scratch_bytes
         memory = _rooms.take(64 + self.arena_bytes + max(2, threads) * self.pack_bytes + more)
         start = _round_up(memory.data_ptr(), 64)
         frame: _Frame | None = getattr(self._frames, 'last', None)
@@ -642,7 +653,8 @@ class _Frame:
         self.values = schedule.table.copy()
         self.values['data'] += start * schedule.inside
         self.table = groups.table.copy()
-        lines = rooms + max(2, threads) * schedule.pack_bytes
+        scratch = rooms + max(2, threads) * schedule.pack_bytes
+        lines = scratch + threads * schedule.scratch_bytes
         self.table['lists'] += lines + _lines_bytes(threads)
         self.groups = groups
         self.parts = groups.parts.ctypes.data
@@ -660,6 +672,8 @@ class _Frame:
             rooms=rooms,
             room_bytes=schedule.pack_bytes,
             pack_bytes=schedule.pack_bytes,
+            scratch=scratch,
+            scratch_bytes=schedule.scratch_bytes,
             num_threads=threads,
             is_bfloat16=schedule.pair == 2,
             lines=lines,

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "kept.h"
 #include "numbers.h"
@@ -20,6 +21,7 @@ struct Convolution {
     const Value* residual;
     const int64_t team_size, member;
     int64_t taps, in_units, out_count, in_pitch, out_pitch, pixels, runs, blocks, weight_rows;
+    int64_t places, place_units;     // of a gathered block: kernel positions, and units from one to the next
     bool gathers, picks, by_rows;
     bool at_once;                    // a thread gathers the weights of a block just before it multiplies with them
     bool whole_rows;                 // kernel positions side by side are one run, of weights and of inputs
@@ -37,6 +39,8 @@ struct Convolution {
         in_pitch = round_up(in_count, Number::PAIR) * Number::SIZE;
         out_pitch = round_up(out_count, Number::PAIR) * Number::SIZE;
         in_units = ceil_divide(in_count, Number::PAIR);
+        places = taps;
+        place_units = in_units;
         weight_rows = ceil_divide(input.channels, Number::PAIR);
         pixels = output.height * output.width;
         blocks = ceil_divide(out_count, BLOCK);
@@ -62,7 +66,7 @@ struct Convolution {
     }
 
     int64_t in_bytes() const { return group.count * input.height * input.width * in_pitch; }
-    int64_t block_bytes() const { return taps * in_units * BLOCK * 4; }
+    int64_t block_bytes() const { return places * place_units * BLOCK * 4; }
 
     // Where blocks run one by one, of which each thread has several, and where a block stays in the second-level cache:
     // what is gathered then never leaves it, and the rows of the next block come while this one is multiplied with.
@@ -83,9 +87,10 @@ struct Convolution {
 
     // Write the weights of kept inputs and outputs: of some outputs, kernel positions and inputs.
     void gather(int64_t item) const {
-        if (by_rows && squeezes()) return squeeze(item / taps * LANES, item % taps);
+        if (by_rows && squeezes()) return squeeze(item / taps * LANES, item % taps, columns_of(item / taps * LANES));
         const int64_t part = item % parts(), turn = item / parts(), first = part * GATHERED;
-        if (by_rows) return transpose(turn * LANES, first, std::min(first + GATHERED, taps * in_units));
+        if (by_rows)
+            return transpose(turn * LANES, first, std::min(first + GATHERED, taps * in_units), columns_of(turn * LANES));
         select(turn / taps, turn % taps, first, std::min(first + GATHERED, in_units));
     }
 
@@ -93,7 +98,7 @@ struct Convolution {
     void gather_block(int64_t block) const {
         if (!by_rows) return select(block, 0, 0, in_units);
         for (int64_t number = block * BLOCK; number < std::min(out_count, (block + 1) * BLOCK); number += LANES)
-            squeezes() ? squeeze(number, 0) : transpose(number, 0, in_units);
+            squeezes() ? squeeze(number, 0, columns_of(number)) : transpose(number, 0, in_units, columns_of(number));
     }
 
     // Where the gathered weights of a block lie; each thread has a place for one if it gathers just before it multiplies.
@@ -116,23 +121,29 @@ struct Convolution {
         return place;
     }
 
+    struct Columns {         // where the weights of a vector of outputs come to lie, for each unit of inputs
+        uint32_t* start;
+        int64_t pitch;
+        uint32_t* of(int64_t unit) const { return start + unit * pitch; }
+    };
+    Columns columns_of(int64_t output_number) const { return {packed(output_number, 0, taps * in_units), BLOCK}; }
+
     // Of a vector of kept outputs, whose rows are all that is read; they come out as columns.
-    void transpose(int64_t output_number, int64_t first, int64_t last) const {
+    void transpose(int64_t output_number, int64_t first, int64_t last, const Columns& target) const {
         Rows rows;
         find_rows(output_number, first, rows);
-        uint32_t* target = packed(output_number, first, last - first);
         const int64_t whole = (last - first) / LANES * LANES;
         for (int64_t k = 0; k < whole; k += LANES) {
             for (int lane = 0; lane < LANES; ++lane) __builtin_prefetch(rows[lane] + (k + AHEAD * LANES) * 4, 0, 2);
-            write_columns(rows, k, LANES, target);
+            write_columns(rows, k, LANES, target, first + k);
         }
         for (int64_t k = whole; k < last - first; ++k)
             for (int lane = 0; lane < LANES; ++lane)
-                target[k * BLOCK + lane] = rows[lane] ? ((const uint32_t*)rows[lane])[k] : 0;
+                target.of(first + k)[lane] = rows[lane] ? ((const uint32_t*)rows[lane])[k] : 0;
     }
 
     // The same of one kernel position, closed inputs squeezed out.
-    void squeeze(int64_t output_number, int64_t tap) const {
+    void squeeze(int64_t output_number, int64_t tap, const Columns& target) const {
         alignas(64) typename Number::Channel squeezed[LANES][SQUEEZED + 2 * LANES];
         Rows rows, columns;
         find_rows(output_number, tap * weight_rows, rows);
@@ -156,8 +167,8 @@ struct Convolution {
             const bool odd = (end - start) % Number::PAIR, ends = last == reads->num_moves;
             for (int lane = 0; lane < LANES && odd && ends; ++lane) squeezed[lane][end - start] = 0;
             const int64_t count = (end - start) / Number::PAIR + (odd && ends);
-            uint32_t* target = packed(output_number, tap * in_units + start / Number::PAIR, count);
-            for (int64_t k = 0; k < count; k += LANES) write_columns(columns, k, std::min(LANES, count - k), target);
+            const int64_t unit = tap * in_units + start / Number::PAIR;
+            for (int64_t k = 0; k < count; k += LANES) write_columns(columns, k, std::min(LANES, count - k), target, unit + k);
             start += count * Number::PAIR;
             for (int lane = 0; lane < LANES && odd && !ends; ++lane) squeezed[lane][0] = squeezed[lane][count * Number::PAIR];
         }
@@ -165,7 +176,7 @@ struct Convolution {
 
     // Sixteen units of sixteen rows as columns, of which `count` are written. Four times, vectors that are half of all
     // apart are zipped: rows then have become columns.
-    static void write_columns(const Rows& rows, int64_t k, int64_t count, uint32_t* target) {
+    static void write_columns(const Rows& rows, int64_t k, int64_t count, const Columns& target, int64_t unit) {
         Units units[LANES], mixed[LANES];
 #pragma GCC unroll 16
         for (int lane = 0; lane < LANES; ++lane) units[lane] = rows[lane] ? *(const Units*)(rows[lane] + k * 4) : Units{};
@@ -182,9 +193,9 @@ struct Convolution {
         }
         if (count == LANES) {
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; ++i) *(Units*)(target + (k + i) * BLOCK) = units[i];
+            for (int i = 0; i < LANES; ++i) *(Units*)target.of(unit + i) = units[i];
         } else {
-            for (int i = 0; i < count; ++i) *(Units*)(target + (k + i) * BLOCK) = units[i];
+            for (int i = 0; i < count; ++i) *(Units*)target.of(unit + i) = units[i];
         }
     }
 
@@ -250,6 +261,25 @@ struct Convolution {
         run_block((item - first * blocks) / members, first + (item - first * blocks) % members, tiles, blocks);
     }
 
+    struct Factors {          // of a block of outputs; gates of some images
+        alignas(64) float bias[BLOCK], gates[RUN + 1][BLOCK];
+    };
+
+    void find_factors(int64_t block, int64_t first_image, int64_t last_image, Factors& found) const {
+        const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
+        for (int64_t k = 0; k < count; ++k)
+            found.bias[k] = op.bias[writes ? writes->index[block * BLOCK + k] : block * BLOCK + k];
+        std::fill(found.bias + count, found.bias + BLOCK, 0.0f);
+        CHECK(last_image - first_image <= RUN);
+        for (int64_t i = first_image; writes && i <= last_image; ++i) {
+            const float* all = program.gates + program.images[group.first + i] * program.layer_starts[program.num_layers] +
+                               program.layer_starts[output.layer];
+            float* gate = found.gates[i - first_image];
+            for (int64_t k = 0; k < count; ++k) gate[k] = all[writes->index[block * BLOCK + k]];
+            std::fill(gate + count, gate + BLOCK, 0.0f);
+        }
+    }
+
     // One block of outputs of one run of pixels. `tiles_done`: how many tiles have used the same weights before; `next`:
     // the block that this thread probably takes next.
     void run_block(int64_t block, int64_t run, int64_t& tiles_done, int64_t next) const {
@@ -258,16 +288,8 @@ struct Convolution {
         const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
         const int64_t vectors = ceil_divide(count, LANES);
 
-        alignas(64) float bias[BLOCK] = {}, gates[RUN + 1][BLOCK];
-        for (int64_t k = 0; k < count; ++k)
-            bias[k] = op.bias[writes ? writes->index[block * BLOCK + k] : block * BLOCK + k];
-        for (int64_t i = first_image; writes && i <= (end - 1) / pixels; ++i) {
-            const float* all = program.gates + program.images[group.first + i] * program.layer_starts[program.num_layers] +
-                               program.layer_starts[output.layer];
-            float* gate = gates[i - first_image];
-            for (int64_t k = 0; k < count; ++k) gate[k] = all[writes->index[block * BLOCK + k]];
-            std::fill(gate + count, gate + BLOCK, 0.0f);
-        }
+        Factors factors;
+        find_factors(block, first_image, (end - 1) / pixels, factors);
         const char* weight = gathers ? packed_block(block) : op.weight + block * taps * weight_rows * BLOCK * 4;
         for (int64_t v = 0; v < vectors; v += MAX_VECTORS) {
             const int64_t now = std::min<int64_t>(MAX_VECTORS, vectors - v);
@@ -275,9 +297,13 @@ struct Convolution {
             for (int64_t t = 0; t < tiles; ++t, ++tiles_done) {
                 const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
                 const int64_t channel = block * BLOCK + v * LANES;
-                dispatch<MAX_VECTORS, 1>(now, to - from, from, first_image, weight + v * LANES * 4, bias + v * LANES,
-                                         &gates[0][v * LANES], channel, std::min(out_count - channel, now * LANES),
-                                         fetched(next, tiles_done));
+                with_size(now, to - from, [&](auto vectors_now, auto pixels_now) {
+                    const auto compute = whole_rows ? &Convolution::tile<vectors_now, pixels_now, true>
+                                                    : &Convolution::tile<vectors_now, pixels_now, false>;
+                    (this->*compute)(from, first_image, weight + v * LANES * 4, factors.bias + v * LANES,
+                                     &factors.gates[0][v * LANES], channel, std::min(out_count - channel, now * LANES),
+                                     fetched(next, tiles_done));
+                });
             }
         }
         clear_pads(begin, end, block);
@@ -302,16 +328,16 @@ struct Convolution {
         return {op.rows, writes->index + first, weight_rows * 4, LANES - 1, 4};
     }
 
-    template <int V, int P, class... Args>
-    void dispatch(int64_t vectors, int64_t count, Args... args) const {
+    // Calls `work` with the numbers of vectors and pixels as types, as it needs a register for each sum.
+    template <int V = MAX_VECTORS, int P = 1, class Work>
+    static void with_size(int64_t vectors, int64_t count, const Work& work) {
         if constexpr (V > 1) {
-            if (vectors < V) return dispatch<V - 1, 1>(vectors, count, args...);
+            if (vectors < V) return with_size<V - 1, 1>(vectors, count, work);
         }
         if constexpr (P < MAX_PIXELS[V]) {
-            if (count > P) return dispatch<V, P + 1>(vectors, count, args...);
+            if (count > P) return with_size<V, P + 1>(vectors, count, work);
         }
-        if (whole_rows) return tile<V, P, true>(args...);
-        tile<V, P, false>(args...);
+        work(std::integral_constant<int, V>(), std::integral_constant<int, P>());
     }
 
     struct Pixel {
@@ -418,7 +444,9 @@ struct Convolution {
     }
 
     char* at(const Value& value, int64_t image, int64_t row, int64_t column, int64_t channel) const {
-        return value.data + image * value.image_bytes + value.pixel(row, column) * out_pitch + channel * Number::SIZE;
+        const int64_t place = image * value.image_bytes + value.pixel(row, column) * out_pitch + channel * Number::SIZE;
+        CHECK(place >= 0 && place < program.batch * value.image_bytes);
+        return value.data + place;
     }
 
     // Zeros around the rows that end among these pixels, and before the first row of an image; of one block.

@@ -26,6 +26,8 @@ constexpr int64_t BLOCK = 64;          // outputs whose weights lie together
 constexpr int64_t RUN = 56;            // output pixels that a thread takes at a time, at most
 constexpr int64_t SHORT_RUN = 16;      // the same where there is too little to do for all threads otherwise
 constexpr int64_t CACHED = 1 << 18;    // bytes of inputs that stay in the second-level cache
+constexpr int64_t TILES = 56;          // the same in tiles of `Winograd`
+constexpr int64_t SHORT_TILES = 7;
 constexpr int64_t GATHERED = 512;      // inputs whose weights a thread gathers at a time
 constexpr int64_t SQUEEZED = 256;      // inputs that are squeezed before they are transposed: what the first-level cache holds
 constexpr int64_t MANY_PIXELS = 32;    // from which on gathering pays where only inputs are left out
@@ -70,6 +72,7 @@ struct Operation {
     int64_t stride_height, stride_width, dilation_height, dilation_width;
     int64_t image_channels;  // of LOAD
     int64_t activation;
+    int64_t tile;            // of CONVOLVE: outputs of a tile of `Winograd` along each side; 0: each product is computed
     const float* bias;
     const char* weight;   // (block, kernel position, input, BLOCK), inputs in units; zeros behind the last output. Of
     int64_t weight_bytes; // gated outputs, null as long as no group of images keeps all. Of DEPTHWISE (kernel position,
@@ -118,6 +121,8 @@ struct Program {
     char* rooms;                  // of the threads: see `room_bytes`
     int64_t room_bytes;
     int64_t pack_bytes;           // the largest gathered weight
+    char* scratch;                // of the threads: see `scratch_bytes`
+    int64_t scratch_bytes;        // what `Winograd` keeps of a run of tiles, at most
     int64_t num_threads;
     int64_t is_bfloat16;
     int (*thread_number)();

@@ -76,6 +76,9 @@ struct Bfloat16 {
 template <class Number>
 static Vector read_some(const char* place, int64_t lanes) {
     if (lanes == LANES) return Number::read_vector(place);
+#ifdef __AVX512F__
+    if constexpr (Number::SIZE == 4) return (Vector)_mm512_maskz_loadu_ps((__mmask16)((1u << lanes) - 1), place);
+#endif
     Vector value = {};
     for (int64_t lane = 0; lane < lanes; ++lane) value[lane] = Number::read(place + lane * Number::SIZE);
     return value;
@@ -84,6 +87,9 @@ static Vector read_some(const char* place, int64_t lanes) {
 template <class Number>
 static void write_some(char* place, Vector value, int64_t lanes) {
     if (lanes == LANES) return Number::write_vector(place, value);
+#ifdef __AVX512F__
+    if constexpr (Number::SIZE == 4) return _mm512_mask_storeu_ps(place, (__mmask16)((1u << lanes) - 1), (__m512)value);
+#endif
     for (int64_t lane = 0; lane < lanes; ++lane) Number::write(place + lane * Number::SIZE, value[lane]);
 }
 

@@ -9,12 +9,15 @@
 // there.
 
 #include <optional>
+#include <type_traits>
+#include <variant>
 
 #include "channelwise.h"
 #include "convolution.h"
 #include "mixture.h"
 #include "simple.h"
 #include "team.h"
+#include "winograd.h"
 
 struct Step {             // one operation for one group
     const Operation* op;
@@ -40,16 +43,34 @@ struct Walk {             // over the steps of some parts, with each `by`th grou
     }
 };
 
+template <class Number>
+using AnyConvolution = std::conditional_t<Number::PAIR == 1, std::variant<Convolution<Float>, Winograd<2>, Winograd<4>>,
+                                          std::variant<Convolution<Number>>>;
+
+template <class Number>
+static AnyConvolution<Number> convolution_of(const Team& team, const Step& step, char* pack) {
+    if constexpr (Number::PAIR == 1) {
+        if (step.op->tile == 2) return Winograd<2>(team, *step.op, step.group, pack);
+        if (step.op->tile == 4) return Winograd<4>(team, *step.op, step.group, pack);
+    }
+    return Convolution<Number>(team, *step.op, step.group, pack);
+}
+
 // The team gathers the weights of the next step, which may be null, with what is left of its time.
 template <class Number>
 static void run_step(Team& team, const Step& now, const Step* next, int64_t number) {
     const Operation& op = *now.op;
     char* pack = team.pack[number % 2];
     char* next_pack = team.pack[(number + 1) % 2];
-    std::optional<Convolution<Number>> following;
-    if (next && next->op->kind == CONVOLVE && team.size > 1)
-        following.emplace(team, *next->op, next->group, next_pack);
-    const int64_t more = following ? following->pack_items() : 0;
+    std::optional<AnyConvolution<Number>> following;
+    int64_t more = 0;
+    if (next && next->op->kind == CONVOLVE && team.size > 1) {
+        following.emplace(convolution_of<Number>(team, *next, next_pack));
+        more = std::visit([](const auto& convolution) { return convolution.pack_items(); }, *following);
+    }
+    const auto gather = [&](int64_t item) {
+        std::visit([&](const auto& convolution) { convolution.gather(item); }, *following);
+    };
     const auto together = [&](int64_t own, const auto& work) {
         // Some gathering comes early, which is a matter of memory, while others multiply; what is left fills the end.
         const auto count = [&](int64_t thread) { return team.part(own, thread).count + team.part(more, thread).count; };
@@ -58,14 +79,17 @@ static void run_step(Team& team, const Step& now, const Step* next, int64_t numb
             const int64_t early = gathers.count / 2, all = runs.count + early;
             const int64_t gathered = item < all ? item * early / all : item - runs.count;
             const bool gathers_now = item >= all || (item + 1) * early / all > gathered;
-            gathers_now ? following->gather(gathers.first + gathered) : work.run(runs.first + item - gathered);
+            gathers_now ? gather(gathers.first + gathered) : work.run(runs.first + item - gathered);
         });
     };
     if (op.kind == CONVOLVE) {
-        const Convolution<Number> convolution(team, op, now.group, pack);
-        if (team.size == 1)
-            for (int64_t item = 0; item < convolution.pack_items(); ++item) convolution.gather(item);
-        together(convolution.run_items(), convolution);
+        std::visit(
+            [&](const auto& convolution) {
+                if (team.size == 1)
+                    for (int64_t item = 0; item < convolution.pack_items(); ++item) convolution.gather(item);
+                together(convolution.run_items(), convolution);
+            },
+            convolution_of<Number>(team, now, pack));
     } else if (op.kind == DEPTHWISE) {
         const Channelwise<Number> channelwise(team.program, op, now.group);
         together(channelwise.items(), channelwise);
@@ -87,12 +111,17 @@ static void run_steps(Team& team, Walk walk) {
     Step now, next;
     if (!walk.next(now)) return;
     if (team.size > 1 && now.op->kind == CONVOLVE) {
-        const Convolution<Number> convolution(team, *now.op, now.group, team.pack[0]);
-        if (const int64_t items = convolution.pack_items()) {
-            const auto count = [&](int64_t thread) { return team.part(items, thread).count; };
-            team.share(count, [&](int64_t thread, int64_t item) { convolution.gather(team.part(items, thread).first + item); });
-            team.meet();
-        }
+        std::visit(
+            [&](const auto& convolution) {
+                const int64_t items = convolution.pack_items();
+                if (!items) return;
+                const auto count = [&](int64_t thread) { return team.part(items, thread).count; };
+                team.share(count, [&](int64_t thread, int64_t item) {
+                    convolution.gather(team.part(items, thread).first + item);
+                });
+                team.meet();
+            },
+            convolution_of<Number>(team, now, team.pack[0]));
     }
     bool goes_on = true;
     for (int64_t number = 0; goes_on; ++number, now = next) {
@@ -107,8 +136,9 @@ static void run_program(Program& program) {
     const int64_t threads = asks ? program.thread_count() : 1, member = asks ? program.thread_number() : 0;
     CHECK(threads <= program.num_threads);
     // All threads share the first two rooms when they work together; each has one of its own when it works alone.
-    Team all = {program, threads, member, 0, {program.rooms, program.rooms + program.room_bytes}};
-    Team alone = {program, 1, 0, 0, {program.rooms + member * program.room_bytes, program.rooms + member * program.room_bytes}};
+    char *room = program.rooms + member * program.room_bytes, *scratch = program.scratch + member * program.scratch_bytes;
+    Team all = {program, threads, member, 0, {program.rooms, program.rooms + program.room_bytes}, scratch};
+    Team alone = {program, 1, 0, 0, {room, room}, scratch};
     if (!program.has_lists) {
         for (int64_t group = member; group < program.num_groups; group += threads)
             if (program.groups[group].num_layers && !Kepts(program, program.groups[group]).fill())

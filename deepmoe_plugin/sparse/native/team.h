@@ -19,6 +19,7 @@ struct Team {             // threads that run a part of the program together
     Program& program;
     int64_t size, member, turn;
     char* pack[2];
+    char* scratch;        // of this thread
 
     void meet() {
         if (size == 1) return;

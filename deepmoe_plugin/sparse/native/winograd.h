@@ -1,0 +1,290 @@
+// 3x3 convolutions of stride 1 with fewer products: Winograd's minimal filtering (Lavin and Gray, Fast Algorithms for
+// Convolutional Neural Networks, 2016).
+//
+// A tile of OUT x OUT outputs reads IN x IN inputs, IN = OUT + 2. These and the kernel are transformed to IN x IN numbers
+// each, whose products, summed over the input channels, are transformed to the outputs. Of an input and an output channel
+// that takes 4 products for each output where OUT is 2, and 2.25 where it is 4, instead of 9.
+//
+// The weights of kept inputs and outputs are transformed as they are gathered, so that no others are stored or read than
+// for other convolutions.
+#pragma once
+
+#include "convolution.h"
+
+// One direction of the transforms, of numbers `step` apart, in place. The polynomials of OUT = 2 meet at 0, 1, -1 and
+// infinity; those of OUT = 4 at 0, +-1/sqrt(2), +-sqrt(2) and infinity, with which rounding errors are a third of those
+// with the usual 0, +-1, +-2.
+template <int OUT>
+struct Transform;
+
+template <>
+struct Transform<2> {
+    __attribute__((always_inline)) static void inputs(Vector* x, int step) {
+        const Vector x1 = x[step], x2 = x[2 * step];
+        x[0] -= x2;
+        x[step] = x1 + x2;
+        x[2 * step] = x2 - x1;
+        x[3 * step] = x1 - x[3 * step];
+    }
+    __attribute__((always_inline)) static void weights(Vector* x, int step) {
+        const Vector even = (x[0] + x[2 * step]) * 0.5f, odd = x[step] * 0.5f;
+        x[3 * step] = x[2 * step];
+        x[step] = even + odd;
+        x[2 * step] = even - odd;
+    }
+    __attribute__((always_inline)) static void outputs(Vector* x, int step) {
+        const Vector x1 = x[step], x2 = x[2 * step];
+        x[0] += x1 + x2;
+        x[step] = x1 - x2 - x[3 * step];
+    }
+};
+
+template <>
+struct Transform<4> {
+    static constexpr float A = 0.70710678f, B = 1.41421356f;
+
+    __attribute__((always_inline)) static void inputs(Vector* x, int step) {
+        const Vector x1 = x[step], x2 = x[2 * step], x3 = x[3 * step], x4 = x[4 * step];
+        const Vector even_a = x4 - x2 * 2.0f, odd_a = (x3 - x1 * 2.0f) * A;
+        const Vector even_b = x4 - x2 * 0.5f, odd_b = (x3 - x1 * 0.5f) * B;
+        x[0] = x[0] + x4 - x2 * 2.5f;
+        x[step] = even_a + odd_a;
+        x[2 * step] = even_a - odd_a;
+        x[3 * step] = even_b + odd_b;
+        x[4 * step] = even_b - odd_b;
+        x[5 * step] = x1 + x[5 * step] - x3 * 2.5f;
+    }
+    __attribute__((always_inline)) static void weights(Vector* x, int step) {
+        const Vector x2 = x[2 * step];
+        const Vector even_a = (x[0] + x2 * 0.5f) * (-1 / 1.5f), odd_a = x[step] * (-A / 1.5f);
+        const Vector even_b = (x[0] + x2 * 2.0f) * (1 / 6.0f), odd_b = x[step] * (B / 6.0f);
+        x[step] = even_a + odd_a;
+        x[2 * step] = even_a - odd_a;
+        x[3 * step] = even_b + odd_b;
+        x[4 * step] = even_b - odd_b;
+        x[5 * step] = x2;
+    }
+    __attribute__((always_inline)) static void outputs(Vector* x, int step) {
+        const Vector even_a = x[step] + x[2 * step], odd_a = (x[step] - x[2 * step]) * A;
+        const Vector even_b = x[3 * step] + x[4 * step], odd_b = (x[3 * step] - x[4 * step]) * B;
+        x[0] += even_a + even_b;
+        x[step] = odd_a + odd_b;
+        x[2 * step] = even_a * 0.5f + even_b * 2.0f;
+        x[3 * step] = odd_a * 0.5f + odd_b * 2.0f + x[5 * step];
+    }
+};
+
+template <int OUT>
+struct Winograd : Convolution<Float> {
+    static constexpr int IN = OUT + 2, PLACES = IN * IN;
+    static constexpr int64_t WEIGHTS = 16;  // inputs whose weights a thread transforms at a time
+    static constexpr int64_t SPREAD = 64;   // bytes between arrays that would else share their sets of a cache
+    int64_t rows, columns;   // of tiles of an image
+    int64_t shares;          // parts of all blocks of outputs that different threads compute of the same tiles
+    int64_t most_tiles;      // of a run
+    int64_t input_pitch;     // bytes of the transformed inputs of a tile and place
+    int64_t product_pitch;   // the same of their products with a block of weights
+    char *transformed, *products;
+
+    Winograd(const Team& team, const Operation& op, int64_t group_number, char* pack)
+        : Convolution(team, op, group_number, pack) {
+        CHECK(op.kernel_height == 3 && op.kernel_width == 3 && op.stride_height == 1 && op.stride_width == 1);
+        gathers = true;
+        picks = at_once = false;
+        places = PLACES;
+        place_units = in_units + 1;
+        rows = op.dilation_height * ceil_divide(ceil_divide(output.height, op.dilation_height), OUT);
+        columns = op.dilation_width * ceil_divide(ceil_divide(output.width, op.dilation_width), OUT);
+        const int64_t all = group.count * rows * columns, least = ceil_divide(all, TILES);
+        runs = std::min(std::max(least, all / SHORT_TILES), round_up(least, team_size));
+        shares = std::max<int64_t>(1, std::min(blocks, team_size / runs));
+        most_tiles = ceil_divide(all, runs);
+        input_pitch = round_up(in_units, LANES) * 4;
+        product_pitch = std::min(BLOCK, round_up(out_count, LANES)) * 4;
+        transformed = team.scratch;
+        products = transformed + PLACES * input_place();
+        CHECK(products + PLACES * product_place() <= team.scratch + program.scratch_bytes);
+    }
+
+    int64_t input_place() const { return most_tiles * input_pitch + SPREAD; }
+    int64_t product_place() const { return most_tiles * product_pitch + SPREAD; }
+
+    // ------------------------------------------------------------------------------------------- gather
+
+    int64_t parts() const { return ceil_divide(in_units, WEIGHTS); }
+    int64_t pack_items() const { return by_rows ? ceil_divide(out_count, LANES) : blocks * parts(); }
+
+    void gather(int64_t item) const {
+        if (by_rows) return transform_rows(item * LANES);
+        const int64_t first = item % parts() * WEIGHTS;
+        transform_block(item / parts(), first, std::min(first + WEIGHTS, in_units));
+    }
+
+    // Of a vector of kept outputs, whose weights become columns in the memory of this thread first.
+    void transform_rows(int64_t output_number) const {
+        const Columns columns = {(uint32_t*)transformed, LANES};
+        CHECK((char*)columns.of(taps * in_units) <= transformed + program.scratch_bytes);
+        if (squeezes())
+            for (int64_t tap = 0; tap < taps; ++tap) squeeze(output_number, tap, columns);
+        else
+            transpose(output_number, 0, taps * in_units, columns);
+        for (int64_t k = 0; k < in_units; ++k) transform_weights(columns.of(k), in_units * LANES, output_number, k);
+    }
+
+    // Of a block of outputs, all kept, and some kept inputs.
+    void transform_block(int64_t block, int64_t first, int64_t last) const {
+        const int64_t vectors = ceil_divide(std::min(BLOCK, out_count - block * BLOCK), LANES);
+        const int64_t tap_units = weight_rows * BLOCK;
+        const uint32_t* weights = (const uint32_t*)op.weight + block * taps * tap_units;
+        const auto weights_of = [&](int64_t k) {
+            const uint32_t* found = weights + (reads ? reads->index[k] : k) * BLOCK;
+            CHECK((const char*)(found + (taps - 1) * tap_units + vectors * LANES) <= op.weight + op.weight_bytes);
+            return found;
+        };
+        for (int64_t k = first; k < last; ++k)
+            for (int64_t v = 0; v < vectors; ++v)
+                transform_weights(weights_of(k) + v * LANES, tap_units, block * BLOCK + v * LANES, k);
+    }
+
+    // The nine weights of an input and some outputs, so many units apart, to what is gathered.
+    __attribute__((always_inline)) void transform_weights(const uint32_t* weight, int64_t tap_units,
+                                                          int64_t output_number, int64_t k) const {
+        Vector x[PLACES];
+#pragma GCC unroll 9
+        for (int tap = 0; tap < 9; ++tap) x[tap / 3 * IN + tap % 3] = *(const Vector*)(weight + tap * tap_units);
+#pragma GCC unroll 3
+        for (int row = 0; row < 3; ++row) Transform<OUT>::weights(x + row * IN, 1);
+#pragma GCC unroll 6
+        for (int column = 0; column < IN; ++column) Transform<OUT>::weights(x + column, IN);
+        uint32_t* target = packed(output_number, k, (PLACES - 1) * place_units + 1);
+#pragma GCC unroll 36
+        for (int i = 0; i < PLACES; ++i) *(Vector*)(target + i * place_units * BLOCK) = x[i];
+    }
+
+    // --------------------------------------------------------------------------------------- convolution
+
+    int64_t run_items() const { return blocks ? runs * shares : 0; }
+
+    void run(int64_t item) const {
+        const int64_t all = group.count * rows * columns, number = item / shares, share = item % shares;
+        const int64_t first = all * number / runs, count = all * (number + 1) / runs - first;
+        const int64_t tiles_of_image = rows * columns, first_image = first / tiles_of_image;
+        for (int64_t i = 0; i < count; ++i) transform_inputs(tile_at(first + i), i);
+        for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block) {
+            Factors factors;
+            find_factors(block, first_image, (first + count - 1) / tiles_of_image, factors);
+            const int64_t channels = std::min(BLOCK, out_count - block * BLOCK);
+            multiply(block, count, ceil_divide(channels, LANES));
+            for (int64_t i = 0; i < count; ++i)
+                write_outputs(tile_at(first + i), i, block, channels, first_image, factors);
+        }
+    }
+
+    struct Tile {
+        int64_t turn, top, left;  // image of the group, and its first output
+    };
+
+    // Outputs of a tile are as far apart as the kernel's positions, so that they share inputs.
+    Tile tile_at(int64_t number) const {
+        const int64_t turn = number / (rows * columns), row = number / columns % rows, column = number % columns;
+        const int64_t down = op.dilation_height, across = op.dilation_width;
+        return {turn, row / down * down * OUT + row % down, column / across * across * OUT + column % across};
+    }
+
+    void transform_inputs(const Tile& tile, int64_t number) const {
+        const char* pixels[PLACES];
+        const char* image = input.data + program.images[group.first + tile.turn] * input.image_bytes;
+        for (int i = 0; i < PLACES; ++i) {
+            const int64_t row = tile.top - op.pad_height + i / IN * op.dilation_height;
+            const int64_t column = tile.left - op.pad_width + i % IN * op.dilation_width;
+            const bool inside = row >= 0 && row < input.height && column >= 0 && column < input.width;
+            pixels[i] = inside ? image + input.pixel(row, column) * in_pitch : zeros;
+            CHECK(!inside || pixels[i] + in_pitch <= input.data + program.batch * input.image_bytes);
+        }
+        char* target = transformed + number * input_pitch;
+        for (int64_t channel = 0; channel < in_units; channel += LANES) {
+            const int64_t lanes = std::min(LANES, in_units - channel);
+            Vector x[PLACES];
+#pragma GCC unroll 36
+            for (int i = 0; i < PLACES; ++i) x[i] = read_some<Float>(pixels[i] + channel * 4, lanes);
+#pragma GCC unroll 6
+            for (int row = 0; row < IN; ++row) Transform<OUT>::inputs(x + row * IN, 1);
+#pragma GCC unroll 6
+            for (int column = 0; column < IN; ++column) Transform<OUT>::inputs(x + column, IN);
+#pragma GCC unroll 36
+            for (int i = 0; i < PLACES; ++i) *(Vector*)(target + i * input_place() + channel * 4) = x[i];
+        }
+    }
+
+    // Products of the transformed inputs of some tiles with a block of transformed weights.
+    void multiply(int64_t block, int64_t count, int64_t vectors) const {
+        for (int place = 0; place < PLACES; ++place) {
+            const char* weight = packed_block(block) + place * place_units * BLOCK * 4;
+            const char* inputs = transformed + place * input_place();
+            char* target = products + place * product_place();
+            for (int64_t v = 0; v < vectors; v += MAX_VECTORS) {
+                const int64_t now = std::min<int64_t>(MAX_VECTORS, vectors - v);
+                const int64_t parts = ceil_divide(count, MAX_PIXELS[now]);
+                for (int64_t part = 0; part < parts; ++part) {
+                    const int64_t from = count * part / parts, to = count * (part + 1) / parts;
+                    with_size(now, to - from, [&](auto vectors_now, auto tiles_now) {
+                        multiply_tiles<vectors_now, tiles_now>(inputs + from * input_pitch, weight + v * LANES * 4,
+                                                               target + from * product_pitch + v * LANES * 4);
+                    });
+                }
+            }
+        }
+    }
+
+    template <int V, int P>
+    __attribute__((noinline)) void multiply_tiles(const char* inputs, const char* weight, char* target) const {
+        const uint32_t* x[P];
+        Vector sums[P][V];
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) {
+            x[p] = (const uint32_t*)(inputs + p * input_pitch);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sums[p][v] = Vector{};
+        }
+        add_products<V, P, false>(sums, x, weight, in_units, {});
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) *(Vector*)(target + p * product_pitch + v * LANES * 4) = sums[p][v];
+    }
+
+    void write_outputs(const Tile& tile, int64_t number, int64_t block, int64_t channels, int64_t first_image,
+                       const Factors& factors) const {
+        const int64_t image = program.images[group.first + tile.turn];
+        const int64_t down = op.dilation_height, across = op.dilation_width;
+        const int64_t height = std::min<int64_t>(OUT, ceil_divide(output.height - tile.top, down));
+        const int64_t width = std::min<int64_t>(OUT, ceil_divide(output.width - tile.left, across));
+        for (int64_t first = 0; first < channels; first += LANES) {
+            Vector x[PLACES];
+#pragma GCC unroll 36
+            for (int i = 0; i < PLACES; ++i)
+                x[i] = *(const Vector*)(products + i * product_place() + number * product_pitch + first * 4);
+#pragma GCC unroll 6
+            for (int row = 0; row < IN; ++row) Transform<OUT>::outputs(x + row * IN, 1);
+#pragma GCC unroll 4
+            for (int column = 0; column < OUT; ++column) Transform<OUT>::outputs(x + column, IN);
+#pragma GCC unroll 4
+            for (int i = 0; i < OUT; ++i)
+#pragma GCC unroll 4
+                for (int j = 0; j < OUT; ++j) {
+                    if (i >= height || j >= width) continue;
+                    const int64_t row = tile.top + i * down, column = tile.left + j * across;
+                    const int64_t channel = block * BLOCK + first;
+                    char* added = residual ? at(*residual, image, row, column, channel) : nullptr;
+                    finish<1>({x[i * IN + j]}, factors.bias + first,
+                              {0, nullptr, at(output, image, row, column, channel), added,
+                               &factors.gates[tile.turn - first_image][first]},
+                              channels - first);
+                }
+        }
+        for (int64_t i = 0; tile.left == 0 && i < height; ++i) {
+            const int64_t begin = (tile.turn * output.height + tile.top + i * down) * output.width;
+            clear_pads(begin, begin + output.width, block);
+        }
+    }
+};
