@@ -484,6 +484,14 @@ def test_what_is_missing_is_said(
     assert caplog.text.count(reason) == 1
 
 
+def test_more_flags_reach_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    monkeypatch.setenv(build.MORE_FLAGS, '-O1 -fsanitize=address')
+    monkeypatch.setattr(build, '_built', lambda command, flags: taken.extend(flags) or '/nothing')
+    assert 'does not build it' in _found()[1]
+    assert taken[-2:] == ['-O1', '-fsanitize=address']
+
+
 def test_schedules_do_not_pile_up() -> None:
     model = network('cifar')
     sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 1, 0.4)))
