@@ -3,8 +3,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 SEG = deepmoe_resnet18_street_scenes
+SANITIZERS = -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
+NATIVE_TESTS = $(addprefix tests/test_sparse_,native.py engine.py fuzz.py head.py)
 
-.PHONY: help demo demo-seg test slow lint docs clean
+.PHONY: help demo demo-seg test slow sanitize lint docs clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -24,6 +26,11 @@ test: $(VENV)/.test ## set up and run the tests
 
 slow: $(VENV)/.test ## set up and run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+sanitize: $(VENV)/.test ## set up and run the tests of native code under GCC's sanitizers of addresses and undefined behaviour
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 DEEPMOE_CXXFLAGS='$(SANITIZERS)' \
+	$(BIN)/python -m pytest -n0 $(NATIVE_TESTS)
 
 lint: $(VENV)/.dev ## set up and run the linter, the format check and the type checker
 	$(BIN)/ruff check

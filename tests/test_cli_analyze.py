@@ -88,18 +88,20 @@ def truth(folder):
 def figure(folder, tmp_path):
     """Runs a sub-command; returns the rows of its table after a look at its picture."""
 
-    def run(command: str, *options: str, suffix: str = '.png') -> list[dict[str, str]]:
-        out = tmp_path / 'new' / f'{command}{suffix}'
+    def run(command: str, *options: str, ending: str = 'png') -> list[dict[str, str]]:
+        out = tmp_path / 'new' / 'folder'
         source = [str(folder / 'args.yaml'), '--checkpoint', str(folder / 'model.pth'), '--workers', '0']
         source += ['--data-dir', str(folder / 'images')]
-        analyze.main([command, *(source if '--series' not in options else []), *options, '--out', str(out)])
-        if suffix == '.png':
-            picture = np.asarray(Image.open(out).convert('RGB'))
+        analyze.main([command, *(source if '--series' not in options else []), *options, '--out', str(out),
+                      '--format', ending])  # fmt: skip
+        assert {path.name for path in out.iterdir()} == {f'{command}.{ending}', f'{command}.csv'}
+        if ending == 'png':
+            picture = np.asarray(Image.open(out / f'{command}.png').convert('RGB'))
             assert min(picture.shape[:2]) > 300
             assert picture[::4, ::4].std() > 5
         else:
-            assert b'<svg' in out.read_bytes()
-        with out.with_suffix('.csv').open() as file:
+            assert b'<svg' in (out / f'{command}.svg').read_bytes()
+        with (out / f'{command}.csv').open() as file:
             return list(csv.DictReader(file))
 
     return run
@@ -174,7 +176,7 @@ def test_embedding(figure, truth, folder, method):
 
 
 def test_embedding_of_some_classes(figure):
-    rows = figure('embedding', '--classes', 'red_light', 'blue_dark', suffix='.svg')
+    rows = figure('embedding', '--classes', 'red_light', 'blue_dark', ending='svg')
     assert [row['kind'] for row in rows] == ['blue_dark'] * PER_CLASS + ['red_light'] * PER_CLASS
 
 

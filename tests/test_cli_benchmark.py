@@ -28,7 +28,7 @@ def test_random_gates(tmp_path, experts_per_gate):
     groups = ('--model-kwargs', f'experts_per_gate={experts_per_gate}')
     done = benchmark(*MODEL, *groups, '--kept', '0.25', '0.75', '--batch', '2', '--out', str(tmp_path / 'result'))
     assert done.returncode == 0, done.stderr
-    with (tmp_path / 'result.csv').open() as file:
+    with (tmp_path / 'result' / 'benchmark.csv').open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row['kept']) for row in rows] == [0.25, 0.75]
     for row in rows:
@@ -36,9 +36,9 @@ def test_random_gates(tmp_path, experts_per_gate):
         assert min(times) > 0
         assert float(row['speedup']) > 0
     assert float(rows[0]['thin_gmacs']) < float(rows[1]['thin_gmacs'])
-    setting = json.loads((tmp_path / 'result.json').read_text())['setting']
+    setting = json.loads((tmp_path / 'result' / 'benchmark.json').read_text())['setting']
     assert setting['torch'] == torch.__version__
-    assert Image.open(tmp_path / 'result.png').width > 100
+    assert Image.open(tmp_path / 'result' / 'benchmark.png').width > 100
 
 
 def test_engines(tmp_path):
@@ -46,7 +46,7 @@ def test_engines(tmp_path):
     few = ('--variants', 'sparse', 'thin', '--engines', 'onnxruntime', '--out', str(tmp_path / 'result'))
     done = benchmark(*MODEL, *few)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / 'result.json').read_text())['rows']
+    (row,) = json.loads((tmp_path / 'result' / 'benchmark.json').read_text())['rows']
     assert row['thin_onnxruntime_ms'] > 0
     assert row['speedup_best_engine'] == 'wide_onnxruntime'
     assert row['efficiency_best'] > 0
@@ -67,7 +67,7 @@ def test_gates_of_a_checkpoint(tmp_path):
     trained = ('--checkpoint', str(tmp_path / 'model.pth'), '--images', str(tmp_path / 'images'))
     done = benchmark(*MODEL, *trained, '--out', str(tmp_path / 'result'))
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / 'result.json').read_text())['rows']
+    (row,) = json.loads((tmp_path / 'result' / 'benchmark.json').read_text())['rows']
     assert 0 < row['kept'] < 1
     assert row['speedup'] > 0
 

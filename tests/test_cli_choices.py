@@ -59,10 +59,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def test_where_what(folder: Path, tmp_path: Path) -> None:
-    analyze.main(['where-what', *arguments(folder, 'dmoe_4x50_4x20'), '--out', str(tmp_path / 'w.png')])
-    assert (tmp_path / 'w.png').stat().st_size > 10_000
+    analyze.main(['where-what', *arguments(folder, 'dmoe_4x50_4x20'), '--out', str(tmp_path)])
+    assert (tmp_path / 'where-what.png').stat().st_size > 10_000
     gates, _, labels, shifts = look(folder, 'dmoe_4x50_4x20')
-    rows = read(tmp_path / 'w.csv')
+    rows = read(tmp_path / 'where-what.csv')
     places = (shifts[:, 1] + 4) * 9 + shifts[:, 0] + 4
     for layer in (1, 2):
         own = [row for row in rows if row['layer'] == str(layer)]
@@ -83,9 +83,9 @@ def test_where_what(folder: Path, tmp_path: Path) -> None:
 
 
 def test_pairs(folder: Path, tmp_path: Path) -> None:
-    analyze.main(['pairs', *arguments(folder, 'dmoe_4x50_4x20'), '--out', str(tmp_path / 'p.png')])
+    analyze.main(['pairs', *arguments(folder, 'dmoe_4x50_4x20'), '--out', str(tmp_path)])
     gates, _, labels, _ = look(folder, 'dmoe_4x50_4x20')
-    rows = read(tmp_path / 'p.csv')
+    rows = read(tmp_path / 'pairs.csv')
     assert len(rows) == 16
     assert sum(float(row['use']) for row in rows) == pytest.approx(1, abs=1e-4)
     row = next(row for row in rows if (row['first'], row['second']) == ('1', '3'))
@@ -98,11 +98,11 @@ def test_pairs(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('network', ['dmoe_4x50_4x20', 'moe_mnist'])
 def test_choice_and_metrics_of_evaluate(folder: Path, tmp_path: Path, network: str) -> None:
-    analyze.main(['choice', *arguments(folder, network), '--out', str(tmp_path / 'c.png')])
+    analyze.main(['choice', *arguments(folder, network), '--out', str(tmp_path)])
     summary = evaluate.main([*arguments(folder, network), '--json', str(tmp_path / 'e.json')])
     assert json.loads((tmp_path / 'e.json').read_text())['mixtures'] == summary['mixtures']
     gates, predicted, labels, _ = look(folder, network)
-    rows = read(tmp_path / 'c.csv')
+    rows = read(tmp_path / 'choice.csv')
     assert len(summary['mixtures']) == len(gates)
     for number, (layer, metrics) in enumerate(zip(gates, summary['mixtures'], strict=True), 1):
         chosen = layer.argmax(1)
@@ -142,7 +142,7 @@ def test_latent_mixture_of_a_deepmoe_network_is_measured_too(folder: Path, tmp_p
 def test_networks_without_choices_are_refused(
     folder: Path, tmp_path: Path, command: str, network: str, match: str, capsys: pytest.CaptureFixture
 ) -> None:
-    data = ['--data-dir', str(folder / 'data'), '--workers', '0', '--device', 'cpu', '--out', str(tmp_path / 'x.png')]
+    data = ['--data-dir', str(folder / 'data'), '--workers', '0', '--device', 'cpu', '--out', str(tmp_path)]
     with pytest.raises(SystemExit):
         analyze.main([command, network, *data])
     assert match in capsys.readouterr().err

@@ -45,6 +45,39 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f'usage: deepmoe {command}' in capsys.readouterr().out
 
 
+OUTPUTS = [
+    ('analyze pareto --series a b', '--out'),
+    ('benchmark wide_deepmoe_resnet20_cifar', '--out'),
+    ('compress resnet20_cifar --data-dir data --macs 0.5', '--output'),
+    ('compress resnet18_camvid --checkpoint x --macs 0.5', '--output'),
+    ('demo', '--output'),
+    ('jittered-digits', ''),
+    ('street-scenes', ''),
+    ('test deepmoe_resnet18_street_scenes x', '--out'),
+    ('test deepmoe_resnet18_street_scenes x', '--show-dir'),
+    ('train deepmoe_resnet18_street_scenes', '--work-dir'),
+    ('train-digits moe_mnist', '--out'),
+]
+
+
+@pytest.mark.parametrize('taken', ['file', 'file/folder', 'missing.png'])
+@pytest.mark.parametrize(('command', 'option'), OUTPUTS)
+def test_commands_write_to_folders(
+    command: str, option: str, taken: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command.startswith(('train ', 'test ')) or 'camvid' in command:
+        pytest.importorskip('mmseg')
+    (tmp_path / 'file').write_text('of somebody')
+    with pytest.raises(SystemExit) as error:
+        deepmoe_command.main([*command.split(), *([option] if option else []), str(tmp_path / taken)])
+    assert error.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f'argument {option}' in line
+    assert 'file: give a folder' in line
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+    assert (tmp_path / 'file').read_text() == 'of somebody'
+
+
 @pytest.mark.parametrize('script', sorted((ROOT / 'tools').glob('*.py')), ids=lambda path: path.stem)
 def test_scripts_are_the_commands(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []

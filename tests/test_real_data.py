@@ -32,6 +32,7 @@ class Run(NamedTuple):
     kept: float
     spent: float
     class_spread: float
+    dynamic: float
 
 
 def load(name: str, split: str, size: int, per_class: int) -> Split:
@@ -51,14 +52,15 @@ def load(name: str, split: str, size: int, per_class: int) -> Split:
     return Split(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor(labels))
 
 
-def train(model: nn.Module, data: Split, val: Split, epochs: int, lr: float, batch_size: int = 64) -> Run:
-    torch.manual_seed(0)
+def prepared(model: nn.Module, images: Tensor) -> Tensor:
+    """Pixels as the network takes them."""
     cfg = model.pretrained_cfg
     mean, std = (255 * torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ('mean', 'std'))
+    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
-    def prepare(images: Tensor) -> Tensor:
-        return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
+def train(model: nn.Module, data: Split, val: Split, epochs: int, lr: float, batch_size: int = 64) -> Run:
+    torch.manual_seed(0)
     model.to(memory_format=torch.channels_last)
     criterion = deepmoe_plugin.DeepMoELoss(model, nn.CrossEntropyLoss())
     heads = model.gating.gates.weight
@@ -78,14 +80,14 @@ def train(model: nn.Module, data: Split, val: Split, epochs: int, lr: float, bat
             top, left = torch.randint(2 * pad + 1, (2,)).tolist()
             images = functional.pad(images, (pad, pad, pad, pad))
             images = images[:, :, top : top + data.images.shape[2], left : left + data.images.shape[3]]
-            loss = criterion(model(prepare(images)), data.labels[batch])
+            loss = criterion(model(prepared(model, images)), data.labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             extra = sum(criterion.terms[name] for name in ('loss_gate', 'loss_embed') if name in criterion.terms)
             losses.append(loss.item() - float(extra))
-    return validate(model, [prepare(part) for part in val.images.split(250)], val.labels, losses)
+    return validate(model, [prepared(model, part) for part in val.images.split(250)], val.labels, losses)
 
 
 @torch.inference_mode()
@@ -101,7 +103,7 @@ def validate(model: nn.Module, batches: list[Tensor], labels: Tensor, losses: li
     by_class = stats.by_class(labels)
     spent = MacsTable(model, tuple(batches[0].shape[2:])).spent(stats.kept).mean().item()
     spread = by_class.std(0).mean().item()
-    run = Run(losses, hits.float().mean().item(), embed_top1, stats.kept_experts, spent, spread)
+    run = Run(losses, hits.float().mean().item(), embed_top1, stats.kept_experts, spent, spread, stats.dynamic_experts)
     print(f'{model.pretrained_cfg["architecture"]}: {run._replace(losses=losses[:: max(1, len(losses) // 10)])}')
     return run
 
@@ -116,16 +118,25 @@ def falls(losses: list[float]) -> bool:
     return np.mean(losses[-tenth:]) < 0.9 * np.mean(losses[:tenth])
 
 
+QUARTER = (16, 16, 'M', 32, 32, 'M', 64, 64, 64, 'M', 128, 128, 128, 'M', 128, 128, 128, 'M')
+
+
 @pytest.mark.parametrize(
-    ('name', 'weight', 'lr', 'epochs', 'batch_size'),
+    ('name', 'small', 'weight', 'lr', 'epochs', 'batch_size'),
     # The more experts, the smaller the share of each in the mean: the same lambda closes them more slowly.
-    [('wide_deepmoe_resnet20_cifar', 8.0, 0.1, 6, 64), ('narrow_deepmoe_vgg16_cifar', 30.0, 0.02, 3, 32)],
+    [
+        ('wide_deepmoe_resnet20_cifar', {'layers': (1, 1, 1)}, 2.7, 0.1, 6, 64),
+        ('narrow_deepmoe_vgg16_cifar', {'layout': QUARTER}, 9.5, 0.02, 3, 32),
+    ],
 )
-def test_training_on_cifar100(cifar100, name: str, weight: float, lr: float, epochs: int, batch_size: int) -> None:
+def test_training_on_cifar100(
+    cifar100, name: str, small: dict[str, Any], weight: float, lr: float, epochs: int, batch_size: int
+) -> None:
     kept = []
     for gate_loss_weight in (0.001, weight):
         torch.manual_seed(0)
-        model = timm.create_model(name, gate_loss_weight=gate_loss_weight, embed_loss_weight=1.0, num_latent_experts=32)
+        arguments = {'gate_loss_weight': gate_loss_weight, 'embed_loss_weight': 1.0, 'num_latent_experts': 32}
+        model = timm.create_model(name, **small, **arguments)
         run = train(model, *cifar100, epochs, lr, batch_size)
         if not kept:  # a large lambda competes with L_e for the embedding
             assert run.embed_top1 > 0.03  # chance is 0.01, its standard deviation 0.002
@@ -148,16 +159,22 @@ def test_target_is_met_on_cifar100(cifar100, target: dict[str, float]) -> None:
 
 
 def test_warm_start_on_imagenette() -> None:
-    data, val = load('imagenette', 'train', 64, 150), load('imagenette', 'val', 64, 50)
+    """From a dense network to gates that close two fifths of its MACs, other ones for other images."""
+    data, val = load('imagenette', 'train', 32, 150), load('imagenette', 'val', 32, 50)
+    name, small = 'wide_deepmoe_resnet20_cifar', {'layers': (1, 1, 1), 'num_classes': 10}
     torch.manual_seed(0)
-    first = timm.create_model('wide_deepmoe_resnet18', num_classes=10, gate_loss_weight=0.0)
-    dense = train(first, data, val, epochs=6, lr=0.05)
+    first = timm.create_model(name, gate_loss_weight=0.0, **small)
+    dense = train(first, data, val, epochs=12, lr=0.1)
     assert dense.kept == 1
-    base = {key: value for key, value in first.state_dict().items() if not key.startswith('gating.')}
-    model = timm.create_model('wide_deepmoe_resnet18', num_classes=10, embed_loss_weight=1.0, target_kept=0.5)
-    model.load_state_dict(base)
-    run = train(model, data, val, epochs=10, lr=0.05, batch_size=32)
+    assert dense.top1 > 0.2
+    epochs, steps = 10, len(data.labels) // 64
+    budget = {'target_macs': 0.6, 'target_steps': epochs * steps // 2}
+    model = timm.create_model(name, num_latent_experts=8, **budget, **small)
+    model.load_state_dict({key: value for key, value in first.state_dict().items() if not key.startswith('gating.')})
+    batches = [(prepared(model, data.images[part]), data.labels[part]) for part in torch.randperm(1500).split(64)]
+    deepmoe_plugin.warm_start(model, batches, nn.CrossEntropyLoss(), epochs=8, progress=False)
+    run = train(model, data, val, epochs, lr=0.05)
     assert run.losses[0] < 0.8 * dense.losses[0]
-    assert run.top1 > 0.4
-    assert run.embed_top1 > 0.2
-    assert run.kept < 0.9
+    assert run.top1 > dense.top1 - 0.05
+    assert run.spent == pytest.approx(0.6, abs=0.03)
+    assert run.dynamic > 0.1

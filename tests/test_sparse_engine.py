@@ -360,47 +360,6 @@ def test_moved_parameters_are_noticed() -> None:
     assert not unchanged()
 
 
-def _hook_on_classifier(model: Any) -> None:
-    model.fc.register_forward_hook(lambda module, inputs, output: output + 1)
-
-
-def _largest_instead_of_mean(model: Any) -> None:
-    model.reset_classifier(10, 'max')
-
-
-def _head_of_its_own(model: Any) -> None:
-    model.forward_head = lambda x, pre_logits=False: x.mean((2, 3))
-
-
-def _more_between(model: Any) -> None:
-    model.global_pool.flatten = nn.Sequential(nn.Flatten(1), nn.Tanh())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('edit', [_hook_on_classifier, _largest_instead_of_mean, _head_of_its_own, _more_between])
-def test_edited_head_runs_as_written(edit: Any) -> None:
-    model = network('bottleneck_a')
-    sparse = deepmoe_plugin.sparsify(model)
-    x = images(2, 40)
-    before = sparse(x)
-    edit(model)
-    sparse.refresh()
-    assert relative_error(sparse(x), model(x)) < 1e-5
-    assert before.shape != model(x).shape or relative_error(before, model(x)) > 1e-3
-
-
-@torch.no_grad()
-def test_classifier_runs_natively() -> None:
-    if build.library() is None:
-        pytest.skip('needs a C++ compiler and the OpenMP library of GNU')
-    model = network('bottleneck_a')
-    sparse = deepmoe_plugin.sparsify(model)
-    x = images(3, 40)
-    expected = model(x)
-    sparse.view().forward_head = None
-    assert relative_error(sparse(x), expected) < 1e-5
-
-
 @torch.no_grad()
 @pytest.mark.parametrize('kept', [0.02, 0.9])
 def test_convolution_over_its_whole_input(kept: float) -> None:

@@ -136,9 +136,34 @@ GEOMETRIES = {
     '7x1': {'kernel_size': (7, 1), 'padding': (3, 0), 'stride': (1, 3)},
 }
 dtypes = pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+LEVELS = {'this processor': '', 'AVX2': '-mno-avx512f', 'plain vectors': '-march=x86-64'}  # Arm compiles the last ones
+levels = pytest.mark.parametrize('level', LEVELS, indirect=True)
+_found = build._found.__wrapped__
+
+
+@functools.cache
+def library_with(flag: str) -> tuple[Any, str]:
+    before, build.FLAGS = build.FLAGS, (*build.FLAGS, flag)
+    try:
+        return _found()
+    finally:
+        build.FLAGS = before
+
+
+@pytest.fixture
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Native code for what fewer processors than this one can do."""
+    if flag := LEVELS[request.param]:
+        if platform.machine() != 'x86_64':
+            pytest.skip('names features of x86-64')
+        monkeypatch.setattr(build, '_found', lambda: library_with(flag))
+        assert not build.missing()
+    return request.param
 
 
 @torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
 @dtypes
 @pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7)), (2, (20, 30))])
 @pytest.mark.parametrize('channels', [(3, 20, 1), (34, 75, 40), (20, 130, 65)])
@@ -170,6 +195,8 @@ def test_convolutions(
 
 
 @torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
 @dtypes
 @pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7)), (2, (11, 30))])
 @pytest.mark.parametrize('channels', [5, 16, 75])
@@ -198,6 +225,8 @@ def test_depthwise_convolutions_and_layer_norms(
 
 
 @torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
 @dtypes
 @pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7))])
 @pytest.mark.parametrize('channels', [5, 75])
@@ -224,6 +253,8 @@ def test_response_norms_of_kept_channels(channels: int, batch: int, size: tuple[
 
 
 @torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
 @dtypes
 @pytest.mark.parametrize('window', [(3, 1, 2), (2, 0, 2), (1, 0, 2)])
 def test_pooling_scaling_and_widening(window: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -246,6 +277,8 @@ def test_pooling_scaling_and_widening(window: tuple[int, int, int], dtype: torch
 
 
 @torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
 @dtypes
 @pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7))])
 @pytest.mark.parametrize('channels', [1, 5, 16, 75])
@@ -271,6 +304,8 @@ def test_averages_and_softmax(channels: int, batch: int, size: tuple[int, int], 
 
 
 @torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
 def test_softmax_of_large_numbers() -> None:
     conv = random_conv(3, 3, torch.float32, **GEOMETRIES['1x1'], bias=False)
     conv.weight.copy_(torch.eye(3)[:, :, None, None])
@@ -281,6 +316,8 @@ def test_softmax_of_large_numbers() -> None:
 
 
 @torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
 @pytest.mark.parametrize('threads', [1, 2, 3])
 @pytest.mark.parametrize(('batch', 'layers'), [(1, {}), (13, {}), (2, dict(block_args=dict(attn_layer='se')))])
 def test_any_number_of_threads(batch: int, layers: dict[str, Any], threads: int) -> None:
@@ -296,6 +333,8 @@ def test_any_number_of_threads(batch: int, layers: dict[str, Any], threads: int)
 
 
 @torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
 @dtypes
 @pytest.mark.parametrize('threads', [1, 2, 3])
 @pytest.mark.parametrize(('batch', 'size'), [(1, (3, 5)), (1, (12, 11)), (2, (2, 3))])
@@ -375,6 +414,8 @@ def test_empty_batch() -> None:
 
 
 @torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
 @dtypes
 def test_nan_goes_through(dtype: torch.dtype) -> None:
     conv = random_conv(16, 70, dtype, **GEOMETRIES['1x1'])
@@ -386,6 +427,8 @@ def test_nan_goes_through(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
 def test_bfloat16_is_rounded_to_the_nearest() -> None:
     conv = random_conv(64, 64, torch.bfloat16, **GEOMETRIES['1x1'])
     conv.weight.copy_(torch.eye(64)[:, :, None, None])
@@ -441,6 +484,14 @@ def test_what_is_missing_is_said(
     assert caplog.text.count(reason) == 1
 
 
+def test_more_flags_reach_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    monkeypatch.setenv(build.MORE_FLAGS, '-O1 -fsanitize=address')
+    monkeypatch.setattr(build, '_built', lambda command, flags: taken.extend(flags) or '/nothing')
+    assert 'does not build it' in _found()[1]
+    assert taken[-2:] == ['-O1', '-fsanitize=address']
+
+
 def test_schedules_do_not_pile_up() -> None:
     model = network('cifar')
     sparse = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 1, 0.4)))
@@ -450,26 +501,12 @@ def test_schedules_do_not_pile_up() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('flags', ['-mno-avx512f', '-march=x86-64'])
-@pytest.mark.skipif(platform.machine() != 'x86_64', reason='names features of x86-64')
-def test_processors_without_avx512(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """AVX2, and plain vectors, which is what Arm compiles."""
-    monkeypatch.setattr(build, 'FLAGS', (*build.FLAGS, flags))
-    monkeypatch.setattr(build, '_found', functools.cache(build._found.__wrapped__))
-    assert not build.missing()
-    for structure in ('cifar', 'bottleneck_a'):
-        model = network(structure)
-        assert_exact(with_gates(model, random_gates(model, 3, 0.4)), images(3, 40))
-    conv, gates = random_conv(34, 75, torch.bfloat16), [gates_of(2, 75, 0.4, 1)]
-    after = random_conv(75, 40, torch.bfloat16)
-    x = torch.randn(2, 34, 6, 7).bfloat16()
-    operations = [Convolve(['x'], 'a', 0, conv=conv, activation='relu'), Convolve(['a'], 'b', conv=after)]
-    a = (
-        np.maximum(convolution(x.double().numpy(), *arrays(conv), conv), 0)
-        * gates[0].double().numpy()[:, :, None, None]
-    )
-    b = convolution(torch.from_numpy(a).bfloat16().double().numpy(), *arrays(after), after)
-    assert close(run(operations, x, gates, 'b'), b, torch.bfloat16)
+@levels
+@pytest.mark.usefixtures('level')
+@pytest.mark.parametrize('structure', ['cifar', 'bottleneck_a', 'convnext', 'convnextv2', 'vgg_cifar'])
+def test_networks_on_other_processors(structure: str) -> None:
+    model = network(structure)
+    assert_exact(with_gates(model, random_gates(model, 3, 0.4)), images(3, 40))
 
 
 @torch.no_grad()

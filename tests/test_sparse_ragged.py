@@ -460,5 +460,5 @@ def test_speed_on_a_gpu(arguments: tuple[str, ...], bar: float, tmp_path: Path, 
     assert done.returncode == 0, done.stderr
     with capfd.disabled():
         print(done.stdout)
-    (row,) = json.loads((tmp_path / 'result.json').read_text())['rows']
+    (row,) = json.loads((tmp_path / 'result' / 'benchmark.json').read_text())['rows']
     assert row['speedup'] >= bar

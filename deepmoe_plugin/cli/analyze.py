@@ -1,7 +1,9 @@
 """Figures of trained networks, each as a picture (.png, .svg or .pdf) and the numbers behind it (.csv).
 
     deepmoe analyze pareto --series dense results/dense*.json --series DeepMoE results/moe*.json
-    deepmoe analyze experts RUN/args.yaml --checkpoint RUN/last.pth.tar --data-dir FOLDER
+    deepmoe analyze experts RUN/args.yaml --checkpoint RUN/last.pth.tar --data-dir FOLDER --out figures
+
+The second one writes figures/experts.png and figures/experts.csv.
 
 `pareto` and `width` compare JSON files of `deepmoe evaluate`, one for each run; files whose names differ only in
 `seedN` are averaged. The other figures look at one checkpoint and a folder of images.
@@ -27,11 +29,12 @@ from .beyond import beyond
 from .choices import choice, pairs, where_what
 from .images import add_image_arguments, class_indices, read_groups
 from .networks import NETWORK_HELP, add_network_arguments
-from .parsing import create_parser
+from .parsing import create_parser, output_folder
 from .shuffling import Rows, group_means, shuffle_mixtures
 from .subject import look
 
 Result = tuple[Figure, Rows]
+FORMATS = ('png', 'svg', 'pdf')
 
 
 # Figures of runs
@@ -232,7 +235,13 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     commands = parser.add_subparsers(dest='command', required=True, metavar='FIGURE')
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
-        sub.add_argument('--out', type=Path, default=Path('output/figures', f'{name}.png'), help='(%(default)s)')
+        sub.add_argument(
+            '--out',
+            type=output_folder,
+            default=Path('output/figures'),
+            help=f'folder for {name}.png and {name}.csv (default: %(default)s)',
+        )
+        sub.add_argument('--format', choices=FORMATS, default=FORMATS[0], help='of the picture (default: %(default)s)')
         if name in ('pareto', 'width'):
             sub.add_argument(
                 '--series', nargs='+', action='append', required=True, metavar=('NAME', 'JSON'), help='repeatable'
@@ -266,12 +275,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         figure, rows = COMMANDS[args.command](args)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=150, bbox_inches='tight')
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture, table = (args.out / f'{args.command}.{ending}' for ending in (args.format, 'csv'))
+    figure.savefig(picture, dpi=150, bbox_inches='tight')
     figures.plt.close(figure)
-    table = args.out.with_suffix('.csv')
     with table.open('w', newline='') as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(f'{args.out} and {table}')
+    print(f'{picture} and {table}')

@@ -37,7 +37,7 @@ from ..macs import MacsTable
 from .engines import ENGINES, Missing
 from .images import data_config
 from .networks import NETWORK_HELP, add_network_arguments, create_network, read_settings
-from .parsing import create_parser
+from .parsing import create_parser, output_folder
 from .peers import (
     GivenGates,
     RealGates,
@@ -266,7 +266,7 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 print(f'  {label:26}{row[name]:10.3f}{against}')
     if args.out is None:
         return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     circumstances = {
         'processor': processor_name(args.device),
         'torch': torch.__version__,
@@ -274,8 +274,8 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         'python': platform.python_version(),
         'arguments': {key: str(value) for key, value in vars(args).items()},
     }
-    args.out.with_suffix('.json').write_text(json.dumps({'setting': circumstances, 'rows': rows}, indent=2) + '\n')
-    with args.out.with_suffix('.csv').open('w', newline='') as file:
+    (args.out / 'benchmark.json').write_text(json.dumps({'setting': circumstances, 'rows': rows}, indent=2) + '\n')
+    with (args.out / 'benchmark.csv').open('w', newline='') as file:
         writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -307,7 +307,7 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             axes.plot(*zip(*sorted(points), strict=True), marker='o', label=label)
     axes.set(xlabel='GMACs of the kept experts', ylabel='time of a batch [ms]', title=rows[0]['model'], ylim=(0, None))
     axes.legend()
-    figure.savefig(args.out.with_suffix('.png'), dpi=150)
+    figure.savefig(args.out / 'benchmark.png', dpi=150)
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
@@ -332,7 +332,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument('--warmup', type=int, default=3)
     parser.add_argument('--clock', choices=('wall', 'cpu'), default='wall', help='cpu: time of all threads together')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--out', type=Path, help='writes OUT.csv, OUT.json and OUT.png')
+    parser.add_argument('--out', type=output_folder, help='folder for benchmark.csv, benchmark.json and benchmark.png')
     args = parser.parse_args(argv)
     args.size = args.size * 2 if len(args.size) == 1 else args.size
     if len(args.size) != 2:

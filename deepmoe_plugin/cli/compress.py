@@ -53,7 +53,7 @@ from .evaluate import evaluate
 from .figures import draw_experts, draw_times
 from .images import add_image_arguments, create_dataset_of, create_images, data_config
 from .networks import add_network_arguments, create_network, read_settings
-from .parsing import create_parser
+from .parsing import create_parser, output_folder
 from .timing import WAYS, time_rows
 from .timm_options import HONOURED
 
@@ -79,7 +79,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentPars
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--channels-last', action='store_true', help='memory format of the networks')
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
-    parser.add_argument('--output', type=Path, default=Path('output/compress'), help='folder (default: %(default)s)')
+    parser.add_argument(
+        '--output', type=output_folder, default=Path('output/compress'), help='folder (default: %(default)s)'
+    )
     add_recipe(parser, BASELINES)
     parser.add_argument(
         '--time',

@@ -41,6 +41,7 @@ from ..network import find_deepmoe
 from ..stats import join_kept, kept_experts
 from .compression import GROUPS, RAMP, TEMPERATURE, add_recipe, check_recipe, each_budget, target_of, write_table
 from .figures import draw_experts
+from .parsing import output_folder
 from .segmentation import check_data, check_types, load_config, segmentor_parser
 
 NOMINAL = (224, 224)
@@ -55,7 +56,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument(
         '--checkpoint', required=True, help='of the trained dense segmentor, as `deepmoe train` writes it'
     )
-    parser.add_argument('--output', dest='work_dir', help='the same as --work-dir')
+    parser.add_argument('--output', dest='work_dir', type=output_folder, help='the same as --work-dir')
     add_recipe(parser, BASELINES)
     return parser, parser.parse_args(argv)
 

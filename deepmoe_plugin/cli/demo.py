@@ -30,7 +30,7 @@ import deepmoe_plugin
 
 from .evaluate import evaluate
 from .figures import draw_experts
-from .parsing import create_parser
+from .parsing import create_parser, output_folder
 
 # A ResNet-8: the CIFAR ResNet-20 with one block in each stage.
 MODEL_ARGS: dict[str, Any] = {'layers': (1, 1, 1), 'in_chans': 1, 'num_classes': 10}
@@ -65,7 +65,7 @@ class Result(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    output = Path(args.output)
+    output = args.output
     output.mkdir(parents=True, exist_ok=True)
     train_loader, val_loader = create_loaders(args.batch_size)
     # The budget falls in the first half of the training: so short a training has no time for less steep a way.
@@ -97,7 +97,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--target-kept', type=float, default=0.5, help='fraction of experts to keep (default: %(default)s)'
     )
     parser.add_argument('--seed', type=int, default=0, help='random seed (default: %(default)s)')
-    parser.add_argument('--output', default='output/demo', help='output folder (default: %(default)s)')
+    parser.add_argument(
+        '--output', type=output_folder, default=Path('output/demo'), help='folder (default: %(default)s)'
+    )
     args = parser.parse_args(argv)
     if args.epochs < 1:
         parser.error(f'--epochs must be at least 1, got {args.epochs}')

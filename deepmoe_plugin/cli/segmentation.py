@@ -13,14 +13,16 @@ from mmengine.runner import Runner
 from mmseg.registry import DATASETS, HOOKS, MODELS, TRANSFORMS
 
 from .configs import did_you_mean, find_config, shipped_configs
-from .parsing import create_parser
+from .parsing import create_parser, output_folder
 
 
 def segmentor_parser(command: str, description: str) -> argparse.ArgumentParser:
     """The arguments that both have in common."""
     parser = create_parser(command, description)
     parser.add_argument('config', help='config file, or a config of this package by its name: deepmoe_drn50_cityscapes')
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/NAME_OF_CONFIG)')
+    parser.add_argument(
+        '--work-dir', type=output_folder, help='folder for logs and checkpoints (default: work_dirs/NAME_OF_CONFIG)'
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -47,7 +49,7 @@ def load_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Co
             parser.error(f'--cfg-options: the config has no key {key}{did_you_mean(key, known)}')
     config.merge_from_dict(options)
     config.launcher = args.launcher
-    config.work_dir = args.work_dir or config.get('work_dir') or f'work_dirs/{path.stem}'
+    config.work_dir = str(args.work_dir or config.get('work_dir') or f'work_dirs/{path.stem}')
     return config
 
 

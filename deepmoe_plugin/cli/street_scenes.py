@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from .parsing import create_parser
+from .parsing import create_parser, output_folder
 
 ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, LIGHT, SIGN, VEGETATION, TERRAIN, SKY, PERSON, RIDER = range(13)
 CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE = range(13, 19)
@@ -406,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = create_parser('street-scenes', __doc__)
-    parser.add_argument('output', type=Path, help='folder to write leftImg8bit and gtFine to')
+    parser.add_argument('output', type=output_folder, help='folder to write leftImg8bit and gtFine to')
     for split, count in (('train', 200), ('val', 40)):
         parser.add_argument(f'--{split}', type=int, default=count, help=f'{split} scenes (default: %(default)s)')
     parser.add_argument('--width', type=int, default=256, help='pixels (default: %(default)s)')

@@ -10,14 +10,15 @@ import numpy as np
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from .parsing import output_folder
 from .segmentation import check_data, check_types, load_config, segmentor_parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = segmentor_parser('test', 'Test a segmentor with the Runner of mmengine.')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out', help='folder to save the predicted label maps to')
-    parser.add_argument('--show-dir', help='folder for pictures: input, ground truth and prediction side by side')
+    parser.add_argument('--out', type=output_folder, help='folder to save the predicted label maps to')
+    parser.add_argument('--show-dir', type=output_folder, help='folder for pictures: input, ground truth, prediction')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation: mirrored and in several sizes')
     parser.add_argument('--sparse', action='store_true', help='compute only the channels that the gates keep')
     args = parser.parse_args(argv)
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runner = Runner.from_cfg(config)
     for folder, draw in ((args.show_dir, _picture), (args.out, _labels)):
         if folder:
-            runner.register_hook(_WriteHook(Path(folder), draw))
+            runner.register_hook(_WriteHook(folder, draw))
     runner.test()
 
 

@@ -16,7 +16,6 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ from ..information import mutual_information
 from ..mixture import Mixture, specialisation_of
 from ..terms import gating_terms
 from .configs import did_you_mean, find_config, shipped_configs
-from .parsing import create_parser
+from .parsing import create_parser, output_folder
 
 # Options of train.py that this understands, and their values there. Others are refused: they would be left out.
 OPTIONS: dict[str, Any] = {
@@ -212,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument('--epochs', type=int, help='(default: as the config says)')
     parser.add_argument('--seed', type=int, default=0, help='(default: %(default)s)')
     parser.add_argument('--amp', action='store_true', help='train with products in bfloat16; errors are of float32')
-    parser.add_argument('--out', type=Path, required=True, help='folder for model.safetensors and result.json')
+    parser.add_argument('--out', type=output_folder, required=True, help='folder for model.safetensors and result.json')
     args = parser.parse_args(argv)
     try:
         path = find_config(args.config, 'timm')

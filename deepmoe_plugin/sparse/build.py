@@ -20,6 +20,8 @@ FLAGS = ('-std=c++17', '-O2', '-march=native', '-ffp-contract=fast', '-fPIC', '-
 CHECKED = 'DEEPMOE_CHECKED'
 """Environment variable: where set, every address is compared with the memory that it must lie in, and the process ends
 at the first that does not. Tests run so."""
+MORE_FLAGS = 'DEEPMOE_CXXFLAGS'
+"""Environment variable: more flags for the compiler, as those of a sanitizer (`make sanitize`)."""
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ def _found() -> tuple[Any, str]:
     elif command is None:
         reason = 'there is no C++ compiler (g++, clang++, or what CXX names)'
     else:
-        flags = (*FLAGS, '-DCHECKED') if os.environ.get(CHECKED) else FLAGS
+        checked = ('-DCHECKED',) if os.environ.get(CHECKED) else ()
+        flags = (*FLAGS, *checked, *os.environ.get(MORE_FLAGS, '').split())
         try:
             return ctypes.CDLL(str(_built(command, flags))), ''
         except (OSError, subprocess.SubprocessError) as error:
@@ -72,6 +75,8 @@ def _built(command: str, flags: tuple[str, ...]) -> Path:
     path = cache_folder() / f'program-{name}.so'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A sanitizer's library that is loaded into Python would make the compiler slow.
+        environment = {name: value for name, value in os.environ.items() if name != 'LD_PRELOAD'}
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             part = Path(folder) / path.name
             subprocess.run(
@@ -79,6 +84,7 @@ def _built(command: str, flags: tuple[str, ...]) -> Path:
                 capture_output=True,
                 text=True,
                 check=True,
+                env=environment,
             )
             part.replace(path)
     return path

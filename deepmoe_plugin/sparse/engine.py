@@ -19,9 +19,9 @@ from . import program
 from .conv import WeightCache
 from .fold import eval_view, fingerprint
 from .gating import NativeGating, suits, trace_of
-from .head import LOGITS, head_of
+from .head import LOGITS, head_of, with_head
 from .interpret import Interpreter
-from .operations import Operation, Trace
+from .operations import Trace
 from .plan import LIMIT
 from .trace import trace
 
@@ -53,17 +53,15 @@ class Executor:
     Args:
         view: of the network, in evaluation mode.
         found: its trace, on this view.
-        head: the operations of its head; none if torch must run it.
         settings: of calibration.
         cache: holds gathered weights.
     """
 
-    def __init__(
-        self, view: Any, found: Trace, head: Sequence[Operation], settings: Settings, cache: WeightCache
-    ) -> None:
+    def __init__(self, view: Any, found: Trace, settings: Settings, cache: WeightCache) -> None:
         self.view, self.trace, self.settings, self.cache = view, found, settings, cache
         self.widths = expert_widths(view, view.expert_layers)
-        self._whole = dataclasses.replace(found, operations=[*found.operations, *head])
+        self.head = head_of(found)
+        self._whole = dataclasses.replace(found, operations=[*found.operations, *self.head])
         self._fits, self._dtype = program.fits(self._whole), next(view.parameters()).dtype
         self._gating_trace = trace_of(view.gating)
         self._lock = threading.Lock()
@@ -127,7 +125,7 @@ class Executor:
         """See the network, whose head native code knows."""
         if self._runs_natively(x):
             return self.run(x, [LOGITS])[0].flatten(1)
-        return self.view.forward_head(self.forward_features(x))
+        return type(self.view).forward(self.view, x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """See the network."""
@@ -188,9 +186,8 @@ def sparse_view(network: Any, found: Trace, settings: Settings, cache: WeightCac
     view: Any = eval_view(network)
     if not isinstance(network.gating, GatingNetwork):
         view.gating = network.gating
-    head = head_of(view, found.result)
-    executor = Executor(view, found.on(view), head, settings, cache)
-    if head:
+    executor = Executor(view, found.on(view), settings, cache)
+    if executor.head:
         view.forward = executor.forward
     view.forward_features = executor.forward_features
     view.forward_intermediates = executor.forward_intermediates
@@ -300,7 +297,7 @@ class SparseNetwork(nn.Module):
         structure = str(self.network)
         if self._trace is None or self._trace[0] != structure:
             # Only now: while torch.fx traces, no other thread of the process can call any module.
-            self._trace = structure, trace(self.network)
+            self._trace = structure, with_head(trace(self.network))
         cache = WeightCache(int(self.cache_mb * 2**20))
         view, executor = sparse_view(self.network, self._trace[1], self.settings, cache)
         is_small = functools.cache(functools.partial(_is_small, self.network))

@@ -162,6 +162,8 @@ class Trace:
         names: the value of each node.
         gates: node to the gated layer whose gates it stands for.
         view: of the network, whose modules the operations hold.
+        head: what leads from the result to the logits; none if torch must run it.
+        called: the modules that the head calls.
     """
 
     operations: list[Operation]
@@ -171,6 +173,8 @@ class Trace:
     names: dict[fx.Node, str]
     gates: dict[str, int]
     view: Any
+    head: Sequence[Operation] = ()
+    called: Sequence[str] = ()
 
     def on(self, view: Any) -> 'Trace':
         """The same trace on another view of the network."""
@@ -183,10 +187,11 @@ class Trace:
                 return ChannelsLast(moved(part.function))
             return view.get_submodule(paths[part]) if isinstance(part, nn.Module) else part
 
-        operations = [
-            dataclasses.replace(op, **{name: moved(getattr(op, name)) for name in op.modules}) for op in self.operations
-        ]
-        return dataclasses.replace(self, operations=operations, view=view)
+        operations, head = (
+            [dataclasses.replace(op, **{name: moved(getattr(op, name)) for name in op.modules}) for op in found]
+            for found in (self.operations, self.head)
+        )
+        return dataclasses.replace(self, operations=operations, head=head, view=view)
 
 
 @dataclasses.dataclass

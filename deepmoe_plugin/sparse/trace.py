@@ -173,7 +173,7 @@ class _Lowering:
             self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
         elif _is_depthwise(module) and self.layers.get(self._value(first)) is None:
             self._emit(Depthwise([self._value(first)], node.name, conv=module))
-        elif _is_layer_norm(module, LayerNorm2d):
+        elif is_layer_norm(module, LayerNorm2d):
             self._layer_norm(node, module, first)
         elif module is not None and conv is not None and conv.norm is None and _is_norm(module, conv):
             self._extend(node, conv, norm=module)
@@ -208,7 +208,7 @@ class _Lowering:
             self.pending[node.name] = Convolve([self._value(first)], node.name, conv=module)
         elif is_plain(module, GatedActivation):
             self._gate(node, module, conv)
-        elif _is_layer_norm(module, LayerNorm, nn.LayerNorm):
+        elif is_layer_norm(module, LayerNorm, nn.LayerNorm):
             self._layer_norm(node, module, first)
         elif isinstance(module, nn.LayerNorm) or node.target in self.late_norms:
             self._call(node, module)
@@ -331,7 +331,7 @@ def _is_depthwise(module: Any) -> bool:
     )
 
 
-def _is_layer_norm(module: Any, *kinds: type[nn.Module]) -> bool:
+def is_layer_norm(module: Any, *kinds: type[nn.Module]) -> bool:
     """Whether a module is a norm over channels that has an operation of its own."""
     return is_plain(module, *kinds) and len(module.normalized_shape) == 1
 
