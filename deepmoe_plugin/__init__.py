@@ -7,7 +7,7 @@ importing `deepmoe_plugin.mmseg` registers backbones and hooks with MMSegmentati
 from typing import Any
 
 from . import timm_hook
-from .budgets import set_budget
+from .budgets import recalibrate_norms, set_budget
 from .chosen import ChosenExperts, chosen_experts
 from .gating import GatingConfig
 from .losses import DeepMoELoss
@@ -41,6 +41,7 @@ __all__ = [
     'gate_statistics',
     'gating_terms',
     'prune',
+    'recalibrate_norms',
     'set_budget',
     'sparsify',
     'specialised_moe',

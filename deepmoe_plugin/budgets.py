@@ -1,9 +1,10 @@
 """`deepmoe_plugin.set_budget`: another budget for a trained network, without training (ours)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .arguments import check_number
 from .experts import GatedNetwork, find_deepmoe
@@ -11,11 +12,13 @@ from .gating.budget import find_threshold
 from .macs import GATING_GROUPS, MacsTable
 from .stats import fraction_kept
 
+Images = Tensor | Iterable[Tensor | Sequence[Tensor]]
+
 
 @torch.no_grad()
 def set_budget(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor | Sequence[Tensor]] | None = None,
+    images: Images | None = None,
     *,
     macs: float | None = None,
     kept: float | None = None,
@@ -26,9 +29,10 @@ def set_budget(
         deepmoe_plugin.set_budget(model, macs=0.6)           # by the curve
 
     Threshold and curve are part of the state dict, so that a checkpoint keeps its budget, and can be given others
-    without images. Training the gates makes the network forget the curve. The values of kept gates do not change. A
-    budget that was not trained costs accuracy: experts close that the network has not learnt to do without. Train for a
-    range of budgets (`target_macs=(0.35, 0.75)`) instead.
+    without images. Training the gates makes the network forget the curve. The values of kept gates do not change. The
+    norm statistics are still those of the old budget: see `recalibrate_norms`. A budget that was not trained costs
+    accuracy: experts close that the network has not learnt to do without. Train for a range of budgets
+    (`target_macs=(0.35, 0.75)`) instead.
 
     Args:
         model: holds one DeepMoE network; its threshold and its curve change.
@@ -71,6 +75,57 @@ def set_budget(
     return cost(preact > threshold).mean().item()
 
 
+@torch.no_grad()
+def recalibrate_norms(model: nn.Module, images: Images) -> None:
+    """Measure the statistics of the batch norms anew, with the gates as they are now; nothing trains.
+
+    Another budget closes other experts, and what the norms behind them see has another mean and variance (Yu and Huang
+    2019, universally slimmable networks, Section 3.2):
+
+        deepmoe_plugin.set_budget(model, loader, macs=0.6)
+        deepmoe_plugin.recalibrate_norms(model, train_loader)
+
+    Args:
+        model: holds one DeepMoE network; the running statistics of its batch norms change, those of the gating network
+            and of frozen norms do not.
+        images: some thousands as the network was **trained** on, augmented alike: a batch (B, in_chans, H, W), or a
+            loader of batches or of tuples that start with one. A padded border, for one, is part of the statistics.
+
+    Raises:
+        ValueError: there are no images, or `model` holds no DeepMoE network or several.
+    """
+    gating = find_deepmoe(model).gating
+    unchanged = set(gating.modules())
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module not in unchanged
+    ]
+    before = [(norm.momentum, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average of all batches
+        norm.train()
+    is_empty = True
+    try:
+        for batch in _batches(images, gating.gates.weight.device):
+            model(batch)
+            is_empty = False
+    finally:
+        for norm, (momentum, buffers) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+            if not norm.num_batches_tracked:  # it did not run, as an auxiliary head
+                for buffer, old in zip(norm.buffers(), buffers, strict=True):
+                    buffer.copy_(old)
+        for module in trained:
+            module.training = True
+    if is_empty:
+        raise ValueError('images is empty: there is nothing to measure the norms on.')
+
+
 def draw_budget(model: nn.Module, step: int | None = None) -> None:
     """Give a network with frozen gates and a range of targets the budget of a training step, by its curve.
 
@@ -105,16 +160,18 @@ def base_target(fraction: float, dense_macs: int, table: MacsTable) -> float:
     return target
 
 
-def _preactivations(network: GatedNetwork, images: Tensor | Iterable[Tensor | Sequence[Tensor]]) -> Tensor:
+def _batches(images: Images, device: torch.device) -> Iterator[Tensor]:
+    for batch in [images] if isinstance(images, Tensor) else images:
+        yield (batch if isinstance(batch, Tensor) else batch[0]).to(device)
+
+
+def _preactivations(network: GatedNetwork, images: Images) -> Tensor:
     """`W e` of all images, shape (images, N), with the norm statistics of inference."""
     gating = network.gating
-    device = gating.gates.weight.device
     was_training = gating.training
     gating.eval()
     try:
-        batches = [images] if isinstance(images, Tensor) else images
-        first_items = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
-        found = [gating.gates(gating.embedding(batch.to(device))) for batch in first_items]
+        found = [gating.gates(gating.embedding(batch)) for batch in _batches(images, gating.gates.weight.device)]
     finally:
         gating.train(was_training)
     if not found:

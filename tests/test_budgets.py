@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from small_networks import images, randomise, small
+from torch import nn
 
 import deepmoe_plugin
-from deepmoe_plugin import count_macs, gate_statistics, set_budget, sparsify
+from deepmoe_plugin import count_macs, gate_statistics, recalibrate_norms, set_budget, sparsify
 
 
 @pytest.mark.parametrize('structure', ['cifar', 'bottleneck_a', 'vgg_cifar'])
@@ -196,3 +197,47 @@ def test_a_resumed_training_draws_what_it_would_have_drawn():
 def test_refused_ranges(target):
     with pytest.raises(ValueError, match='target_macs must'):
         small('cifar', target_macs=target)
+
+
+def norms_of(module):
+    return {name: norm for name, norm in module.named_modules() if isinstance(norm, nn.BatchNorm2d)}
+
+
+@pytest.mark.parametrize('as_loader', [False, True])
+@pytest.mark.parametrize('structure', ['cifar', 'bottleneck_a', 'vgg_cifar'])
+def test_norms_are_measured_with_the_experts_of_the_new_budget(structure, as_loader):
+    model = randomise(small(structure)).eval()
+    batch = images(64)
+    set_budget(model, batch, kept=0.4)
+    recalibrate_norms(model, [(batch, None), (batch, None)] if as_loader else batch)
+    seen = {}
+    for name, norm in norms_of(model).items():
+        norm.register_forward_pre_hook(lambda _norm, args, name=name: seen.__setitem__(name, args[0]))
+    model(batch)
+    for name, norm in norms_of(model).items():
+        if name.startswith('gating.'):
+            continue
+        off = (seen[name].mean((0, 2, 3)) - norm.running_mean) / norm.running_var.sqrt()
+        ratio = seen[name].var((0, 2, 3)) / norm.running_var
+        assert off.abs().max() < 0.1, name  # the variance is unbiased only in running statistics
+        assert (ratio[norm.running_var > 1e-8] - 1).abs().max() < 0.1, name
+
+
+def test_measuring_norms_leaves_everything_else_as_it_was():
+    network = randomise(small('cifar')).train()
+    network.layer1.eval()
+    model = nn.ModuleDict({'network': network, 'auxiliary': nn.BatchNorm2d(4)})
+    model.forward = network.forward
+    model['auxiliary'].running_mean.fill_(3)
+    before, training = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match='images is empty'):
+        recalibrate_norms(model, [])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    recalibrate_norms(model, images(16))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    base = [name for name in norms_of(network) if not name.startswith('gating.')]
+    assert changed == {f'network.{name}.{kind}' for name in base for kind in ('running_mean', 'running_var')} | {
+        f'network.{name}.num_batches_tracked' for name in base
+    }
+    assert [module.training for module in model.modules()] == training
+    assert {norm.momentum for norm in norms_of(model).values()} == {0.1}

@@ -9,6 +9,7 @@ import torch
 from image_folders import save_images
 from safetensors.torch import load_file, save_file
 from timm.models.resnet import BasicBlock
+from torch import nn
 
 from deepmoe_plugin import set_budget
 from deepmoe_plugin.cli import compress, evaluate, timing
@@ -104,6 +105,11 @@ def test_range_of_budgets_makes_one_network_of_all_of_them(folder, tmp_path):
     model = timm.create_model(summary['network'], **summary['model_kwargs'])
     model.load_state_dict(load_file(tmp_path / 'compressed.safetensors'), strict=False)
     smallest = model.gating.gates.threshold.item()
+    trained = torch.load(tmp_path / 'gated/last.pth', weights_only=True)['model']
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            same = torch.equal(norm.running_mean, trained[f'{name}.running_mean'])
+            assert same == name.startswith('gating.'), name  # measured anew for the last budget
     set_budget(model, macs=0.7)
     assert 0 < model.gating.gates.threshold < smallest
 

@@ -225,7 +225,7 @@ def test_python(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         'images': images,
         'targets': targets,
         'dataset': dataset,
-        'loader': torch.utils.data.DataLoader(dataset, batch_size=2),
+        **dict.fromkeys(('loader', 'train_loader'), torch.utils.data.DataLoader(dataset, batch_size=2)),
     }
     for name, parameter in namespace['model'].named_parameters():
         if name.endswith('bn3.weight'):

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         random_seed(args.seed)
         model = {'dense': _copy, 'torch-pruning': budget.prune, 'gated': budget.gate}[name](dense)
         train(name, model, dense, loader, plain, args)
-        for title in each_budget(budget.targets, f'{name}, {args.epochs} epochs', model):
+        for title in each_budget(budget.targets, f'{name}, {args.epochs} epochs', model, loader):
             rows.append(judge(title, model, images.loader))
             if args.time is not None:
                 compared[title] = copy.deepcopy(model)  # one of several budgets changes

@@ -35,7 +35,7 @@ from ..checkpoints import check_readable
 from ..gating import GatingConfig
 from ..macs import macs_table
 from ..mmseg import allow_histories
-from ..mmseg.hooks.compress_hook import CompressHook, Stages, Teacher
+from ..mmseg.hooks.compress_hook import CompressHook, Stages, Teacher, TrainingBatches
 from ..mmseg.hooks.loss_hook import class_presence
 from ..network import find_deepmoe
 from ..stats import join_kept, kept_experts
@@ -88,7 +88,8 @@ def main(argv: Sequence[str] | None) -> dict[str, Any]:
         rows.append({'name': title.format('dense'), **_judge(trained)})
     runner = segmentors.train_gated(folder / 'gated')
     model = runner.model
-    rows += [{'name': name, **_judge(runner)} for name in each_budget(segmentors.targets, title.format('gated'), model)]
+    budgets = each_budget(segmentors.targets, title.format('gated'), model, TrainingBatches(runner))
+    rows += [{'name': name, **_judge(runner)} for name in budgets]
     config_file, weights = folder / 'compressed.py', folder / 'compressed.pth'
     segmentors.gated.dump(str(config_file))
     metainfo = getattr(runner.test_dataloader.dataset, 'metainfo', {})

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..budgets import set_budget
+from ..budgets import recalibrate_norms, set_budget
 from ..network import deepmoe_networks
 from ..warm_start import DYNAMIC
 
@@ -18,6 +18,8 @@ TEMPERATURE = 4.0
 """Logits are divided by it before the network is compared with its teacher (Hinton et al. 2015)."""
 GROUPS = 8
 """Latent experts of the gated network: each stands for a group of images that keep the same experts."""
+NORM_IMAGES = 4000
+"""Training images that the norms are measured on for each budget of a range."""
 _SHARES = {
     'kept_experts': 'kept experts (%)',
     'dynamic_experts': 'dynamic (%)',
@@ -89,14 +91,19 @@ def target_of(targets: Mapping[float, float]) -> float | tuple[float, ...]:
     return values if len(values) > 1 else values[0]
 
 
-def each_budget(targets: Mapping[float, float], title: str, model: nn.Module) -> Iterator[str]:
+def each_budget(
+    targets: Mapping[float, float], title: str, model: nn.Module, loader: Iterable[Sequence[Any]]
+) -> Iterator[str]:
     """Give a trained network each of its budgets in turn, the smallest last, and yield a title for each.
+
+    Each budget of a range gets norm statistics of its own: those of the training are a mixture of all.
 
     Args:
         targets: what the user asked for, and the `target_macs` that it takes: one of each, or the ends of a range, the
             smaller one first.
         title: of the network.
         model: one with gates keeps the budget that was set for one target; a dense one is not changed.
+        loader: of training images as tuples that start with a batch; the norms are measured on the first of them.
     """
     if len(targets) < 2 or not any(True for _ in deepmoe_networks(model)):
         yield title
@@ -104,7 +111,17 @@ def each_budget(targets: Mapping[float, float], title: str, model: nn.Module) ->
     (low, first), (high, last) = targets.items()
     for fraction, target in ((high, last), ((low + high) / 2, (first + last) / 2), (low, first)):
         set_budget(model, macs=target)
+        recalibrate_norms(model, _first_images(loader))
         yield f'{title}, at {fraction:.4g}'
+
+
+def _first_images(loader: Iterable[Sequence[Any]]) -> Iterator[Tensor]:
+    seen = 0
+    for images, *_ in loader:
+        yield images
+        seen += len(images)
+        if seen >= NORM_IMAGES:
+            return
 
 
 def write_table(folder: Path, summary: dict[str, Any], accuracy: tuple[str, str], unit: str) -> str:

@@ -132,7 +132,9 @@ class CompressHook(Hook):
         if runner.iter == 0:
             model.load_state_dict(self.weights)
             if self.stages is not None:
-                warm_start(model, _Batches(runner), _criterion(model), dynamic_experts=self.stages.dynamic_experts)
+                warm_start(
+                    model, TrainingBatches(runner), _criterion(model), dynamic_experts=self.stages.dynamic_experts
+                )
         if self.teacher is not None:
             self.teacher.teach(model)
 
@@ -183,8 +185,8 @@ def _budget_of(model: nn.Module) -> GateBudget:
     return budget
 
 
-class _Batches:
-    """The training images once, augmented, as pairs of images and data samples."""
+class TrainingBatches:
+    """The training images of a Runner, augmented, once for each iteration, as pairs of images and data samples."""
 
     def __init__(self, runner: Any) -> None:
         loader = copy.deepcopy(runner.cfg.train_dataloader)
