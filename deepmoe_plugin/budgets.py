@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .arguments import check_number
 from .experts import GatedNetwork, find_deepmoe
 from .gating.budget import find_threshold
+from .gating.norm_curve import read_norms
 from .macs import GATING_GROUPS, MacsTable
 from .stats import fraction_kept
 
@@ -29,13 +30,13 @@ def set_budget(
         deepmoe_plugin.set_budget(model, macs=0.6)           # by the curve
 
     Threshold and curve are part of the state dict, so that a checkpoint keeps its budget, and can be given others
-    without images. Training the gates makes the network forget the curve. The values of kept gates do not change. The
-    norm statistics are still those of the old budget: see `recalibrate_norms`. A budget that was not trained costs
-    accuracy: experts close that the network has not learnt to do without. Train for a range of budgets
-    (`target_macs=(0.35, 0.75)`) instead.
+    without images. Training the gates makes the network forget the curve. The values of kept gates do not change.
+    Norm statistics follow the budget if `recalibrate_norms` has measured them at several; else they stay those of the
+    old one. A budget that was not trained costs accuracy: experts close that the network has not learnt to do without.
+    Train for a range of budgets (`target_macs=(0.35, 0.75)`) instead.
 
     Args:
-        model: holds one DeepMoE network; its threshold and its curve change.
+        model: holds one DeepMoE network; its threshold, its curve and, if they were measured, its norms change.
         images: some dozens of images as the network will see them: a batch (B, in_chans, H, W), or a loader of batches
             or of tuples that start with one. By default the curve in the checkpoint tells.
         macs: fraction of the base network's dense MACs to spend, as `target_macs`; the gating network not included.
@@ -67,40 +68,69 @@ def set_budget(
             )
         found, spends = curve.find('macs' if name == 'macs' else 'kept', goal)
         threshold.copy_(found.to(threshold.dtype))
+        network.gating.norm_curve.apply_to(_norms_of(model), threshold)
         return spends
     preact = _preactivations(network, images)
     curve.measure(preact, network.spent)
     cost = network.spent if name == 'macs' else fraction_kept
     threshold.copy_(find_threshold(preact, cost, goal).to(threshold.dtype))
+    network.gating.norm_curve.apply_to(_norms_of(model), threshold)
     return cost(preact > threshold).mean().item()
 
 
 @torch.no_grad()
-def recalibrate_norms(model: nn.Module, images: Images) -> None:
-    """Measure the statistics of the batch norms anew, with the gates as they are now; nothing trains.
+def recalibrate_norms(model: nn.Module, images: Images, macs: Sequence[float] = ()) -> None:
+    """Measure the statistics of the batch norms anew, with the gates as they are now or at several budgets.
 
     Another budget closes other experts, and what the norms behind them see has another mean and variance (Yu and Huang
-    2019, universally slimmable networks, Section 3.2):
+    2019, universally slimmable networks, Section 3.2). Nothing trains:
 
         deepmoe_plugin.set_budget(model, loader, macs=0.6)
         deepmoe_plugin.recalibrate_norms(model, train_loader)
+
+    With several budgets, the state dict keeps the statistics of each, and `set_budget` interpolates between them:
+
+        deepmoe_plugin.recalibrate_norms(model, train_loader, macs=(0.35, 0.45, 0.55, 0.65, 0.75))
+        deepmoe_plugin.set_budget(model, macs=0.6)
 
     Args:
         model: holds one DeepMoE network; the running statistics of its batch norms change, those of the gating network
             and of frozen norms do not.
         images: some thousands as the network was **trained** on, augmented alike: a batch (B, in_chans, H, W), or a
-            loader of batches or of tuples that start with one. A padded border, for one, is part of the statistics.
+            loader of batches or of tuples that start with one, run through once for each budget. A padded border, for
+            one, is part of the statistics.
+        macs: budgets as `set_budget` takes them; the network needs a budget curve, and ends at the budget that it had.
+            Further training, or norms measured anew, make these statistics useless; they are ignored from then on.
 
     Raises:
-        ValueError: there are no images, or `model` holds no DeepMoE network or several.
+        ValueError: there are no images, a budget cannot be set, or `model` holds no DeepMoE network or several.
     """
     gating = find_deepmoe(model).gating
-    unchanged = set(gating.modules())
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module not in unchanged
-    ]
+    norms = _norms_of(model)
+    before = gating.gates.threshold.clone()
+    points = []
+    gating.norm_curve.forget()
+    try:
+        for budget in macs:
+            set_budget(model, macs=budget)
+            _measure_norms(model, norms, images)
+            points.append((gating.gates.threshold.clone(), read_norms(norms)))
+    finally:
+        gating.gates.threshold.copy_(before)
+    if points:
+        gating.norm_curve.measure(norms, points)
+        gating.norm_curve.apply_to(norms, before)
+    else:
+        _measure_norms(model, norms, images)
+
+
+def _norms_of(model: nn.Module) -> list[_BatchNorm]:
+    """The batch norms outside of the gating network whose running statistics depend on the budget."""
+    gating = set(find_deepmoe(model).gating.modules())
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and m not in gating]
+
+
+def _measure_norms(model: nn.Module, norms: Sequence[_BatchNorm], images: Images) -> None:
     before = [(norm.momentum, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
     trained = [module for module in model.modules() if module.training]
     model.eval()
@@ -110,7 +140,7 @@ def recalibrate_norms(model: nn.Module, images: Images) -> None:
         norm.train()
     is_empty = True
     try:
-        for batch in _batches(images, gating.gates.weight.device):
+        for batch in _batches(images, find_deepmoe(model).gating.gates.weight.device):
             model(batch)
             is_empty = False
     finally:

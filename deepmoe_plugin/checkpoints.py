@@ -16,8 +16,11 @@ from torch import Tensor, nn
 _logger = logging.getLogger(__name__)
 
 GATING_PREFIX = 'gating.'
-# What a checkpoint may have or not: what only training needs, and threshold and curve, which earlier versions lack.
-_OPTIONAL = tuple(GATING_PREFIX + name for name in ('class_scores.', 'budget.', 'gates.threshold', 'curve.'))
+# What a checkpoint may have or not: what only training needs, threshold and curve, which earlier versions lack, and the
+# norm curve, which few have.
+_OPTIONAL = tuple(
+    GATING_PREFIX + name for name in ('class_scores.', 'budget.', 'gates.threshold', 'curve.', 'norm_curve.')
+)
 # Names of earlier versions, which contain the `head`, `classifier` and `fc` that users and hosts select parameters by.
 _RENAMED = {'heads.': 'gates.', 'classifier.': 'class_scores.', 'embedding.fc.': 'embedding.mixture.'}
 _NAMED = 5  # tensors that an error message names
@@ -184,6 +187,8 @@ def adapt_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
         ValueError: a tensor has the wrong shape; the message names it and the argument that decides about it.
     """
     rename_old(state_dict, prefix)
+    gating: Any = model.gating
+    gating.norm_curve.make_room(state_dict, f'{prefix}{GATING_PREFIX}norm_curve.')
     own = {prefix + key: value for key, value in model.state_dict().items()}
     optional = tuple(prefix + key for key in _OPTIONAL)
     for key in [key for key in state_dict if key.startswith(optional)]:
@@ -191,10 +196,10 @@ def adapt_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, 
             _logger.info('%s of the checkpoint is not used by this model.', key)
             del state_dict[key]
     check_shapes(model, own, state_dict, prefix)
-    gating = prefix + GATING_PREFIX
-    if not any(key.startswith(gating) for key in state_dict):
+    start = prefix + GATING_PREFIX
+    if not any(key.startswith(start) for key in state_dict):
         _logger.info('Checkpoint of a dense network: its weights go to the base network, the gates stay as they are.')
-        state_dict.update({key: value for key, value in own.items() if key.startswith(gating)})
+        state_dict.update({key: value for key, value in own.items() if key.startswith(start)})
     for key, value in own.items():
         if key.startswith(optional) and key not in state_dict:
             _logger.info('%s is not in the checkpoint and keeps its value.', key)

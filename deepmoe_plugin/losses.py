@@ -39,7 +39,7 @@ def gating_loss(
     """
     terms: Terms = {}
     if not gating.frozen:
-        gating.curve.forget()
+        gating.forget_budgets()
         if gating.gate_loss_weight > 0:
             terms['loss_gate'] = gating.gate_loss_weight * _norm(
                 gating, gating.gates.cut(record.preact, threshold=gating.threshold), table

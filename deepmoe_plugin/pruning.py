@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .experts import ExpertLayer, expert_widths
 from .foreign import check_network
 from .gating.frozen import FrozenNorm
+from .gating.norm_curve import NormCurve
 from .network import DeepMoE
 from .plain import BATCH_NORMS, IDLE, oddity
 from .stats import gate_statistics
@@ -126,7 +127,8 @@ def _check_rebuilt(model: DeepMoE) -> None:
 
 def _difference(own: nn.Module | None, built: nn.Module | None) -> str:
     """How a module differs from what timm builds, '' if it does not: state may differ, and how it trains."""
-    if all(module is None or isinstance(module, IDLE) for module in (own, built)):
+    # A norm curve has the shapes of what it was measured on, and the smaller model has none.
+    if all(module is None or isinstance(module, (*IDLE, NormCurve)) for module in (own, built)):
         return ''
     norms = (*BATCH_NORMS, FrozenNorm)
     if type(own) is not type(built) and not (isinstance(own, norms) and isinstance(built, norms)):
@@ -154,6 +156,7 @@ def _without(model: DeepMoE, kept: Sequence[Tensor]) -> DeepMoE:
     experts_per_gate = model.gating.gates.experts_per_gate
     _keep(smaller.gating.gates, rows[::experts_per_gate] // experts_per_gate)
     smaller.gating.gates.widths = widths
+    smaller.gating.forget_budgets()
     leave_only(smaller, kept)
     return smaller
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_networks import images, randomise, small
 from torch import nn
 
@@ -241,3 +242,87 @@ def test_measuring_norms_leaves_everything_else_as_it_was():
     }
     assert [module.training for module in model.modules()] == training
     assert {norm.momentum for norm in norms_of(model).values()} == {0.1}
+
+
+BUDGETS = (0.2, 0.35, 0.5)
+
+
+def norm_statistics(model):
+    norms = (norm for name, norm in norms_of(model).items() if not name.startswith('gating.'))
+    return torch.cat([torch.cat([norm.running_mean, norm.running_var]) for norm in norms])
+
+
+def test_checkpoint_with_the_norms_of_several_budgets(tmp_path):
+    """`set_budget` finds those of a budget that was measured, and interpolates between two."""
+    model = randomise(small('cifar')).eval()
+    batch = images(32)
+    low, middle, high = BUDGETS
+    set_budget(model, batch, macs=middle)
+    set_budget(model, macs=low)
+    threshold = model.gating.gates.threshold.clone()
+    single = {}
+    for budget in (low, high):
+        twin = copy.deepcopy(model)
+        set_budget(twin, macs=budget)
+        recalibrate_norms(twin, batch)
+        single[budget] = norm_statistics(twin)
+    recalibrate_norms(model, batch, macs=(high, low))
+    assert torch.equal(model.gating.gates.threshold, threshold)
+    assert torch.equal(norm_statistics(model), single[low])
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    loaded = small('cifar').eval()
+    loaded.load_state_dict(load_file(tmp_path / 'model.safetensors'))
+    for budget in (high, low):
+        assert not torch.equal(norm_statistics(loaded), single[budget])
+        set_budget(loaded, macs=budget)
+        torch.testing.assert_close(norm_statistics(loaded), single[budget])
+    set_budget(loaded, batch, macs=middle)
+    between = norm_statistics(loaded)
+    assert (between >= torch.minimum(single[low], single[high]) - 1e-6).all()
+    assert (between <= torch.maximum(single[low], single[high]) + 1e-6).all()
+    assert not torch.equal(between, single[low])
+
+
+def one_step(model):
+    model.train()(images(4))
+
+
+def one_budget(model):
+    recalibrate_norms(model, images(4))
+
+
+@pytest.mark.parametrize('outdate', [one_step, one_budget])
+def test_norms_of_several_budgets_count_until_they_are_measured_anew(outdate):
+    model = randomise(small('cifar')).eval()
+    set_budget(model, images(16), macs=0.4)
+    recalibrate_norms(model, images(32), macs=BUDGETS)
+    outdate(model)
+    before = norm_statistics(model)
+    set_budget(model, macs=BUDGETS[0])
+    assert torch.equal(norm_statistics(model), before)
+
+
+def test_other_experts_make_a_network_forget_its_budgets():
+    model = randomise(small('cifar')).eval()
+    set_budget(model, images(16), kept=0.5)
+    recalibrate_norms(model, images(8), macs=BUDGETS)
+    smaller = deepmoe_plugin.prune(model, [images(16)])
+    assert smaller.gating.norm_curve.thresholds is None
+    with pytest.raises(ValueError, match='no budget curve'):
+        set_budget(smaller, macs=0.5)
+
+
+def test_a_budget_out_of_reach_leaves_the_threshold():
+    model = randomise(small('cifar')).eval()
+    set_budget(model, images(16), kept=0.5)
+    threshold = model.gating.gates.threshold.clone()
+    with pytest.raises(ValueError, match='macs must be a fraction'):
+        recalibrate_norms(model, images(8), macs=(0.5, 2))
+    assert torch.equal(model.gating.gates.threshold, threshold)
+
+
+def test_a_network_without_batch_norms_takes_budgets_alike():
+    model = randomise(small('convnext')).eval()
+    set_budget(model, images(16), kept=0.5)
+    recalibrate_norms(model, images(8), macs=(0.8, 0.9))
+    assert set_budget(model, macs=0.85) <= 0.85

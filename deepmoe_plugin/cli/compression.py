@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..budgets import recalibrate_norms, set_budget
@@ -18,8 +19,8 @@ TEMPERATURE = 4.0
 """Logits are divided by it before the network is compared with its teacher (Hinton et al. 2015)."""
 GROUPS = 8
 """Latent experts of the gated network: each stands for a group of images that keep the same experts."""
-NORM_IMAGES = 4000
-"""Training images that the norms are measured on for each budget of a range."""
+NORM_IMAGES, NORM_BUDGETS = 4000, 5
+"""Training images that the norms are measured on, and at how many budgets of a range."""
 _SHARES = {
     'kept_experts': 'kept experts (%)',
     'dynamic_experts': 'dynamic (%)',
@@ -96,7 +97,8 @@ def each_budget(
 ) -> Iterator[str]:
     """Give a trained network each of its budgets in turn, the smallest last, and yield a title for each.
 
-    Each budget of a range gets norm statistics of its own: those of the training are a mixture of all.
+    Each budget of a range gets norm statistics of its own: those of the training are a mixture of all. Budgets between
+    these three are then within reach as well.
 
     Args:
         targets: what the user asked for, and the `target_macs` that it takes: one of each, or the ends of a range, the
@@ -109,19 +111,25 @@ def each_budget(
         yield title
         return
     (low, first), (high, last) = targets.items()
+    recalibrate_norms(model, _FirstImages(loader), macs=torch.linspace(first, last, NORM_BUDGETS).tolist())
     for fraction, target in ((high, last), ((low + high) / 2, (first + last) / 2), (low, first)):
         set_budget(model, macs=target)
-        recalibrate_norms(model, _first_images(loader))
         yield f'{title}, at {fraction:.4g}'
 
 
-def _first_images(loader: Iterable[Sequence[Any]]) -> Iterator[Tensor]:
-    seen = 0
-    for images, *_ in loader:
-        yield images
-        seen += len(images)
-        if seen >= NORM_IMAGES:
-            return
+class _FirstImages:
+    """The first batches of a loader, as often as they are asked for."""
+
+    def __init__(self, loader: Iterable[Sequence[Any]]) -> None:
+        self._loader = loader
+
+    def __iter__(self) -> Iterator[Tensor]:
+        seen = 0
+        for images, *_ in self._loader:
+            yield images
+            seen += len(images)
+            if seen >= NORM_IMAGES:
+                return
 
 
 def write_table(folder: Path, summary: dict[str, Any], accuracy: tuple[str, str], unit: str) -> str:

@@ -15,6 +15,7 @@ from .curve import BudgetCurve
 from .embedding import ShallowEmbedding
 from .frozen import freeze_norms, unfreeze_norms
 from .heads import GateHeads
+from .norm_curve import NormCurve
 
 
 class GatingRecord(NamedTuple):
@@ -82,6 +83,7 @@ class GatingNetwork(nn.Module):
         target = config.target_macs if self.budget_on_macs else config.target_kept
         self.budget = None if target is None else GateBudget(target, config.target_steps, device)
         self.curve = BudgetCurve(**dd)
+        self.norm_curve = NormCurve()
         self.passes = Passes()
         if config.freeze_gating:
             self.freeze()
@@ -133,10 +135,15 @@ class GatingNetwork(nn.Module):
     def keep_first(self, num_layers: int) -> None:
         """Drop the gates of all layers but the first `num_layers`, and the embedding if none is left."""
         self.gates.keep_first(num_layers)
-        self.curve.forget()
+        self.forget_budgets()
         if not self.gates.widths:
             self.embedding = nn.Identity()
             self.class_scores = None
+
+    def forget_budgets(self) -> None:
+        """Mark both curves as not measured: the experts are others now."""
+        self.curve.forget()
+        self.norm_curve.forget()
 
     def _record(self, mixture: Tensor, preact: Tensor, samples: Tensor) -> GatingRecord:
         specialisation = self.specialisation
