@@ -4,6 +4,7 @@ Tests run it with every address checked (see `build.CHECKED`). Longer than other
 NumPy by the same few helpers.
 """
 
+import ctypes
 import functools
 import itertools
 import logging
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 import deepmoe_plugin
 from deepmoe_plugin.models.deepmoe_convnext import GatedResponseNorm
-from deepmoe_plugin.sparse import build, program
+from deepmoe_plugin.sparse import build, layout, program
 from deepmoe_plugin.sparse.operations import (
     Average,
     Convolve,
@@ -36,7 +37,8 @@ from deepmoe_plugin.sparse.operations import (
     Softmax,
     Trace,
 )
-from deepmoe_plugin.sparse.program import OPERATIONS, VALUES, PackedWeight, Program
+from deepmoe_plugin.sparse.program import Program
+from deepmoe_plugin.sparse.weights import PackedWeight
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason='needs a C++ compiler and the OpenMP library of GNU')
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -451,13 +453,13 @@ def test_too_small_an_image_is_refused() -> None:
 def test_records_have_the_size_that_native_code_reads() -> None:
     sizes = [build.library().deepmoe_size(i) for i in range(7)]
     assert sizes == [
-        VALUES.itemsize,
-        OPERATIONS.itemsize,
-        program.PARTS.itemsize,
-        program.GROUPS.itemsize,
-        program.HEADER_BYTES,
-        program.KEPT_BYTES,
-        program.MOVE_BYTES,
+        layout.VALUES.itemsize,
+        layout.OPERATIONS.itemsize,
+        layout.PARTS.itemsize,
+        layout.GROUPS.itemsize,
+        ctypes.sizeof(layout.Header),
+        layout.KEPT_BYTES,
+        layout.MOVE_BYTES,
     ]
 
 

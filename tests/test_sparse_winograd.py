@@ -11,7 +11,7 @@ from test_sparse import assert_exact, network, random_gates, with_gates
 from test_sparse_native import arrays, close, convolution, gates_of, random_conv, run
 
 import deepmoe_plugin
-from deepmoe_plugin.sparse import build, program
+from deepmoe_plugin.sparse import build, table
 from deepmoe_plugin.sparse.operations import Convolve
 from deepmoe_plugin.sparse.winograd import tile_of
 
@@ -39,7 +39,7 @@ def run_in_tiles(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(op: Convolve, positions: int, dtype: torch.dtype) -> int:
         return tile if op.geometry.kernel == (3, 3) and op.geometry.stride == (1, 1) else 0
 
-    monkeypatch.setattr(program, 'tile_of', chosen)
+    monkeypatch.setattr(table, 'tile_of', chosen)
 
 
 @torch.no_grad()

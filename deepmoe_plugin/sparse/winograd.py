@@ -2,6 +2,7 @@
 
 import torch
 
+from .layout import BLOCK, LANES, TILES, round_up
 from .operations import Convolve
 
 MIN_POSITIONS = {4: 256, 2: 64}
@@ -10,8 +11,6 @@ Transforming the weights of an image takes as long on any map: (side + 2)^2 numb
 from a farther cache. Found on an EPYC (Zen 4) with 1 MiB for each core, with 16 to 512 channels."""
 MIN_INPUTS = 16
 """Input channels from which it pays to transform them for the sake of the products with them."""
-TILES = 56
-"""Tiles that a thread computes at a time, at most, as in native code."""
 
 
 def tile_of(op: Convolve, positions: int, dtype: torch.dtype) -> int:
@@ -31,6 +30,6 @@ def places(tile: int) -> int:
     return (tile + 2) ** 2
 
 
-def scratch_bytes(tile: int, inputs: int, block: int) -> int:
+def scratch_bytes(tile: int, inputs: int) -> int:
     """What a thread needs for transformed inputs, in whole vectors, and their products with a block of outputs."""
-    return places(tile) * (TILES * (-(-inputs // 16) * 16 + block) * 4 + 2 * 64)
+    return places(tile) * (TILES * (round_up(inputs, LANES) + BLOCK) * 4 + 2 * 64)
