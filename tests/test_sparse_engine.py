@@ -384,6 +384,6 @@ def test_groups_change_from_batch_to_batch() -> None:
             gate.copy_(drawn)
         assert_exact(model, x, sparse)
         (schedule,) = sparse.executor.native()._schedules.values()
-        found.append([len(groups) for groups in schedule.groups.chosen if groups])
+        found.append([len(groups) for groups in schedule.grouping.last.chosen if groups])
     assert found[0] == found[1] == found[5]
     assert found[2] == found[4] != found[0]

@@ -48,7 +48,9 @@ class Schedule:
         self.shapes = {self.image: Shape(*x.shape[1:])}
         self.layers: dict[str, int | None] = {self.image: None}
         self.pads: dict[str, int] = {}  # pixels of zeros around the rows of a value
-        found = cut(network.trace, network.widths.tolist(), wanted)
+        found = cut(
+            network.trace, network.widths.tolist(), wanted, lambda op, positions: network.tile(op, positions, x.dtype)
+        )
         self.wanted, self.separate = found.wanted, found.separate
         self.steps: list[list[Part] | Call] = []  # parts that one native call runs, or a call of torch
         self._fill(found.steps, x[:1], gates[:1])

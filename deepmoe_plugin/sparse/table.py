@@ -23,7 +23,6 @@ from .layout import (
 )
 from .operations import Average, Convolve, Depthwise, Norms, Operation, Pool, Respond, Scale, Softmax
 from .weights import NativeNetwork
-from .winograd import tile_of
 
 
 class Load(Operation):
@@ -55,8 +54,7 @@ def row_of(
             row.update(rows=weight.rows.data_ptr(), rows_bytes=weight.rows.nbytes)
         if op.residual:
             row['residual'] = numbers[op.residual]
-        if network.winograd:
-            row['tile'] = tile_of(op, math.prod(shapes[op.output][1:]), dtype)
+        row['tile'] = network.tile(op, math.prod(shapes[op.output][1:]), dtype)
     elif isinstance(op, Norms | Average | Softmax):
         row['kind'] = NORMS if isinstance(op, Norms) else AVERAGE if isinstance(op, Average) else SOFTMAX
     elif isinstance(op, Respond):

@@ -14,6 +14,7 @@ from .layout import BLOCK, LANES, SLACK, round_up
 from .memory import buffer
 from .operations import Convolve, Depthwise, Respond, Trace
 from .plan import LIMIT
+from .winograd import tile_of
 
 
 class PackedWeight:
@@ -122,6 +123,10 @@ class NativeNetwork:
         """Set, for each gated layer, the largest fraction of kept experts for which its outputs are selected."""
         # In place, as native code holds its address.
         self.most_kept[:] = [int(limit * width) for limit, width in zip(limits, self.widths, strict=True)]
+
+    def tile(self, op: Convolve, positions: int, dtype: torch.dtype) -> int:
+        """The tile of a convolution to maps of so many positions, see `tile_of`."""
+        return tile_of(op, positions, dtype) if self.winograd else 0
 
     def kept(self, gates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which experts are computed for each image, (B, N), and how many of each layer, (B, layers)."""

@@ -12,6 +12,11 @@ from a farther cache. Found on an EPYC (Zen 4) with 1 MiB for each core, with 16
 MIN_INPUTS = 16
 """Input channels from which it pays to transform them for the sake of the products with them."""
 
+TRANSFORMS = 0.1
+"""Transforming inputs and outputs takes about as long as this part of all products: 0.04 to 0.2 on that processor."""
+WEIGHT_COST = {0: 0, 2: 4, 4: 17}
+"""Transforming a weight costs about as much as so many multiply-accumulates; by the side of a tile."""
+
 
 def tile_of(op: Convolve, positions: int, dtype: torch.dtype) -> int:
     """Outputs along each side of a tile, for a convolution to maps of so many positions; 0: each product is computed.
@@ -23,6 +28,11 @@ def tile_of(op: Convolve, positions: int, dtype: torch.dtype) -> int:
     if not suits or min(inputs, outputs) < MIN_INPUTS:
         return 0
     return next((tile for tile, least in MIN_POSITIONS.items() if positions >= least), 0)
+
+
+def share(tile: int) -> float:
+    """What products in such tiles take, those of transforms included, of the time of each product by itself."""
+    return places(tile) / (9 * tile**2) + TRANSFORMS if tile else 1.0
 
 
 def places(tile: int) -> int:

@@ -43,6 +43,7 @@ constexpr int MAX_PIXELS[] = {0, 6};
 
 alignas(64) static const char zeros[4 * DEEPMOE_MAX_INPUTS] = {};  // a pixel beyond the border
 
+// Vectors may begin at any number, so only a read between two numbers is misaligned; `make sanitize` reports those.
 typedef float Vector __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Units __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
