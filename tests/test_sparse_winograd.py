@@ -1,6 +1,5 @@
 """Convolutions with fewer products, beside plain NumPy; tests run native code with every address checked."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,13 +25,6 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     'dilated': {'padding': 2, 'dilation': 2},
     'dilated by more than a tile': {'padding': (6, 4), 'dilation': (6, 4)},
 }
-
-
-@pytest.fixture(autouse=True)
-def same_threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def run_in_tiles(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ TILES = 56
 """Tiles of `winograd` that a thread computes at a time, at most."""
 MAX_INPUTS = 2**14
 """Inputs of a row of a kernel, at most: native code has as many zeros to read beyond the border of an image."""
-_SIZES = {'LANES': LANES, 'BLOCK': BLOCK, 'TILES': TILES, 'MAX_INPUTS': MAX_INPUTS}
+SUMMED = 256
+"""Pixels of an image, or of images together, whose sums a thread keeps in memory until it has the next weights."""
+_SIZES = {'LANES': LANES, 'BLOCK': BLOCK, 'TILES': TILES, 'MAX_INPUTS': MAX_INPUTS, 'SUMMED': SUMMED}
 DEFINES = tuple(f'-DDEEPMOE_{name}={size}' for name, size in _SIZES.items())
 """Flags that tell native code these sizes."""
 SLACK = 64

@@ -18,11 +18,13 @@ from .groups import Grouping, Groups
 from .layout import (
     ABSENT,
     ASKED_FOR,
+    BLOCK,
     CONVOLVE,
     OPERATIONS,
     PARTS,
     PRESENT,
     SLACK,
+    SUMMED,
     VALUES,
     Header,
     lines_bytes,
@@ -193,7 +195,8 @@ class Schedule:
         self.arena_bytes = max((high for *_, high in taken), default=0)
         packs, scratches = [0], [0]
         for row in self.operations[self.operations['kind'] == CONVOLVE]:
-            weight = self.network.weights[self.values[row['output']]]
+            name = self.values[row['output']]
+            weight = self.network.weights[name]
             tile, taps, inputs = int(row['tile']), weight.shape[1], weight.shape[2]
             if tile:
                 # Transformed at every call, whether or not all are kept. Kernel positions are an input apart.
@@ -201,6 +204,8 @@ class Schedule:
                 scratches.append(scratch_bytes(tile, inputs))
             elif max(table['layer'][row['output']], table['layer'][row['input']]) >= 0:
                 packs.append(weight.block_bytes)
+                positions = self.batch * math.prod(self.shapes[name][1:])
+                scratches.append(min(positions, SUMMED) * BLOCK * 4)
         self.pack_bytes = round_up(max(packs) + SLACK, 4096)
         self.scratch_bytes = round_up(max(scratches), 4096)
 

@@ -29,6 +29,7 @@ constexpr int64_t SHORT_RUN = 16;      // the same where there is too little to 
 constexpr int64_t CACHED = 1 << 18;    // bytes of inputs that stay in the second-level cache
 constexpr int64_t TILES = DEEPMOE_TILES;   // the same in tiles of `Winograd`
 constexpr int64_t SHORT_TILES = 7;
+constexpr int64_t SUMMED = DEEPMOE_SUMMED;  // pixels whose sums wait in memory, at most
 constexpr int64_t GATHERED = 512;      // inputs whose weights a thread gathers at a time
 constexpr int64_t SQUEEZED = 256;      // inputs that are squeezed before they are transposed: what the first-level cache holds
 constexpr int64_t MANY_PIXELS = 32;    // from which on gathering pays where only inputs are left out
