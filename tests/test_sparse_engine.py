@@ -378,12 +378,12 @@ def test_groups_change_from_batch_to_batch() -> None:
     model = network('cifar')
     gates = random_gates(model, 4, 0.5)
     sparse: Any = deepmoe_plugin.sparsify(with_gates(model, gates), cache_mb=0)
-    x, found = images(4), []
+    x, found = images(4, 64), []
     for seed, kept in enumerate((0.5, 0.5, 1, 0.3, 1, 0.5)):
         for gate, drawn in zip(gates, random_gates(model, 4, kept, seed), strict=True):
             gate.copy_(drawn)
         assert_exact(model, x, sparse)
         (schedule,) = sparse.executor.native()._schedules.values()
-        found.append([len(groups) for groups in schedule.groups.chosen if groups])
+        found.append([len(groups) for groups in schedule.grouping.last.chosen if groups])
     assert found[0] == found[1] == found[5]
     assert found[2] == found[4] != found[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import deepmoe_plugin
 from deepmoe_plugin.experts import expert_widths
-from deepmoe_plugin.sparse import program
+from deepmoe_plugin.sparse import weights
 from deepmoe_plugin.sparse.winograd import tile_of
 
 pytestmark = pytest.mark.usefixtures('always_sparse')
@@ -107,7 +107,7 @@ def test_random_networks_have_every_kind_of_convolution(monkeypatch: pytest.Monk
         seen.add(tile)
         return tile
 
-    monkeypatch.setattr(program, 'tile_of', seen_tile)
+    monkeypatch.setattr(weights, 'tile_of', seen_tile)
     for seed in range(6):
         check(seed)
     assert seen == {0, 2, 4}

@@ -4,6 +4,7 @@ Tests run it with every address checked (see `build.CHECKED`). Longer than other
 NumPy by the same few helpers.
 """
 
+import ctypes
 import functools
 import itertools
 import logging
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 import deepmoe_plugin
 from deepmoe_plugin.models.deepmoe_convnext import GatedResponseNorm
-from deepmoe_plugin.sparse import build, program
+from deepmoe_plugin.sparse import build, layout, program
 from deepmoe_plugin.sparse.operations import (
     Average,
     Convolve,
@@ -36,7 +37,8 @@ from deepmoe_plugin.sparse.operations import (
     Softmax,
     Trace,
 )
-from deepmoe_plugin.sparse.program import OPERATIONS, VALUES, PackedWeight, Program
+from deepmoe_plugin.sparse.program import Program
+from deepmoe_plugin.sparse.weights import PackedWeight
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason='needs a C++ compiler and the OpenMP library of GNU')
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -198,6 +200,38 @@ def test_convolutions(
 @levels
 @pytest.mark.usefixtures('level')
 @dtypes
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize(('batch', 'size'), [(1, (4, 5)), (2, (8, 8)), (1, (16, 16)), (1, (17, 16))])
+@pytest.mark.parametrize('geometry', [dict(kernel_size=(5, 3), padding=(2, 1)), dict(padding=2, dilation=2)], ids=str)
+def test_kernel_rows_one_by_one(
+    geometry: dict[str, Any], batch: int, size: tuple[int, int], threads: int, dtype: torch.dtype
+) -> None:
+    """Small maps, many weights: each kernel row is gathered, then its products are added to the sums of those before.
+
+    Up to 256 pixels wait for the next row: the largest map has more.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    first, second = random_conv(8, 50, dtype), random_conv(50, 540, dtype, **geometry)
+    third = random_conv(540, 270, dtype, **geometry)
+    alike = [gates_of(1, width, 0.6, seed).expand(batch, -1).clone() for seed, width in enumerate((50, 540))]
+    x = torch.randn(batch, 8, *size).to(dtype)
+    operations = [
+        Convolve(['x'], 'a', 0, conv=first, activation='relu'),
+        Convolve(['a'], 'b', 1, conv=second, activation='relu'),
+        Convolve(['b'], 'c', conv=third),
+    ]
+    a = np.maximum(convolution(x.double().numpy(), *arrays(first), first), 0)
+    a *= alike[0].double().numpy()[:, :, None, None]
+    b = np.maximum(convolution(a, *arrays(second), second), 0) * alike[1].double().numpy()[:, :, None, None]
+    assert close(run(operations, x, alike, 'b'), b, dtype)
+    assert close(run(operations, x, alike, 'c'), convolution(b, *arrays(third), third), dtype)
+
+
+@torch.no_grad()
+@levels
+@pytest.mark.usefixtures('level')
+@dtypes
 @pytest.mark.parametrize(('batch', 'size'), [(1, (5, 4)), (3, (8, 7)), (2, (11, 30))])
 @pytest.mark.parametrize('channels', [5, 16, 75])
 @pytest.mark.parametrize(
@@ -324,12 +358,8 @@ def test_any_number_of_threads(batch: int, layers: dict[str, Any], threads: int)
     """Torch runs squeeze-and-excitation, so that native code is called several times for a batch."""
     model = network('bottleneck_a', **layers)
     with_gates(model, random_gates(model, batch, 0.4))
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        assert_exact(model, images(batch, 40))
-    finally:
-        torch.set_num_threads(before)
+    assert_exact(model, images(batch, 40))
 
 
 @torch.no_grad()
@@ -360,13 +390,9 @@ def test_blocks_that_a_thread_gathers_by_itself(
         y = np.maximum(convolution(expected[-1], *arrays(conv), conv), 0)
         expected.append(y * gate.double().numpy()[:, :, None, None])
     expected.append(convolution(expected[-1], *arrays(convs[2]), convs[2]))
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        for name, y in zip('abc', expected[1:], strict=True):
-            assert close(run(operations, x, gates, name), y, dtype)
-    finally:
-        torch.set_num_threads(before)
+    for name, y in zip('abc', expected[1:], strict=True):
+        assert close(run(operations, x, gates, name), y, dtype)
 
 
 def test_fewer_threads_than_asked_for() -> None:
@@ -451,13 +477,13 @@ def test_too_small_an_image_is_refused() -> None:
 def test_records_have_the_size_that_native_code_reads() -> None:
     sizes = [build.library().deepmoe_size(i) for i in range(7)]
     assert sizes == [
-        VALUES.itemsize,
-        OPERATIONS.itemsize,
-        program.PARTS.itemsize,
-        program.GROUPS.itemsize,
-        program.HEADER_BYTES,
-        program.KEPT_BYTES,
-        program.MOVE_BYTES,
+        layout.VALUES.itemsize,
+        layout.OPERATIONS.itemsize,
+        layout.PARTS.itemsize,
+        layout.GROUPS.itemsize,
+        ctypes.sizeof(layout.Header),
+        layout.KEPT_BYTES,
+        layout.MOVE_BYTES,
     ]
 
 

@@ -1,6 +1,5 @@
 """Convolutions with fewer products, beside plain NumPy; tests run native code with every address checked."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,10 @@ from test_sparse import assert_exact, network, random_gates, with_gates
 from test_sparse_native import arrays, close, convolution, gates_of, random_conv, run
 
 import deepmoe_plugin
-from deepmoe_plugin.sparse import build, program
+from deepmoe_plugin.sparse import build, weights
+from deepmoe_plugin.sparse.layout import CONVOLVE
 from deepmoe_plugin.sparse.operations import Convolve
+from deepmoe_plugin.sparse.plan import Reader, Segment
 from deepmoe_plugin.sparse.winograd import tile_of
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason='needs a C++ compiler and the OpenMP library of GNU')
@@ -26,20 +27,13 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def same_threads_as_before() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def run_in_tiles(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on, 3x3 convolutions run in such tiles, however small their maps are and however few their channels."""
 
     def chosen(op: Convolve, positions: int, dtype: torch.dtype) -> int:
         return tile if op.geometry.kernel == (3, 3) and op.geometry.stride == (1, 1) else 0
 
-    monkeypatch.setattr(program, 'tile_of', chosen)
+    monkeypatch.setattr(weights, 'tile_of', chosen)
 
 
 @torch.no_grad()
@@ -169,6 +163,42 @@ def test_choice(size: int, geometry: dict[str, Any], channels: tuple[int, int], 
 def tiles_of(native: Any) -> set[int]:
     """The kinds of convolutions that a program has run."""
     return {int(tile) for schedule in native._schedules.values() for tile in schedule.operations['tile']}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('winograd', [True, False])
+def test_groups_are_chosen_by_the_products_that_run(winograd: bool) -> None:
+    model = network('cifar')
+    sparse: Any = deepmoe_plugin.sparsify(with_gates(model, random_gates(model, 2, 0.4)))
+    sparse.settings.winograd = winograd
+    sparse.refresh()
+    sparse(images(2, 40))
+    (schedule,) = sparse.executor.native()._schedules.values()
+    numbers = [number for number, op in enumerate(schedule.operations) if op['kind'] == CONVOLVE]
+    executed = {schedule.values[schedule.operations[i]['output']]: int(schedule.operations[i]['tile']) for i in numbers}
+    counted = {}
+    for part, positions in zip(schedule.parts, schedule.grouping.positions, strict=True):
+        convolutions = [op.output for op in part.operations if isinstance(op, Convolve)]
+        if part.segment is not None:
+            for name, reader in zip(convolutions, part.segment.readers, strict=True):
+                counted[name] = reader.tile(round(positions * reader.positions))
+    assert counted.items() <= executed.items()
+    assert set(counted.values()) == ({0, 2, 4} if winograd else {0})
+
+
+@pytest.mark.parametrize(('tile', 'least', 'most'), [(0, 1, 1), (2, 4 / 9, 0.6), (4, 2.25 / 9, 0.4)])
+def test_cost_of_products(tile: int, least: float, most: float) -> None:
+    """What tiles save of 9 products, less some for transforms; weights cost more, once for a group."""
+    direct, tiled = (
+        Segment(0, [64], [Reader(64 * 64 * 9, 1, None, 0, lambda positions, side=side: side)])  # type: ignore[misc]
+        for side in (0, tile)
+    )
+    kept = np.array([[32]])
+    products = direct.cost(kept, 1, 400, gathers=False)[0]
+    assert products == 32 * 64 * 9 * 400
+    assert least * products <= tiled.cost(kept, 1, 400, gathers=False)[0] <= most * products
+    gathering = [segment.cost(kept, 1, 0)[0] for segment in (direct, tiled)]
+    assert gathering[1] > gathering[0] if tile else gathering[1] == gathering[0]
 
 
 @torch.no_grad()

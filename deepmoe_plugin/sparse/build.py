@@ -15,6 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .layout import DEFINES, Header
+
 SOURCES = Path(__file__).with_name('native')
 FLAGS = ('-std=c++17', '-O2', '-march=native', '-ffp-contract=fast', '-fPIC', '-shared')
 CHECKED = 'DEEPMOE_CHECKED'
@@ -56,7 +58,7 @@ def _found() -> tuple[Any, str]:
         reason = 'there is no C++ compiler (g++, clang++, or what CXX names)'
     else:
         checked = ('-DCHECKED',) if os.environ.get(CHECKED) else ()
-        flags = (*FLAGS, *checked, *os.environ.get(MORE_FLAGS, '').split())
+        flags = (*FLAGS, *DEFINES, *checked, *os.environ.get(MORE_FLAGS, '').split())
         try:
             return ctypes.CDLL(str(_built(command, flags))), ''
         except (OSError, subprocess.SubprocessError) as error:
@@ -119,6 +121,31 @@ def openmp() -> Any:
     return found
 
 
-def address_of(function: Any) -> int:
+def run(header: Header, lines_bytes: int) -> bool:
+    """Run the native program on torch's threads; false if weights that it asks for were not there: nothing ran.
+
+    Args:
+        header: of the program.
+        lines_bytes: what the team of threads needs, see `layout`.
+    """
+    ctypes.memset(header.lines, 0, lines_bytes)  # the call before has left its own
+    header.lacks = 0
+    if header.num_threads == 1:
+        library().deepmoe_run(ctypes.byref(header))
+    else:
+        start, header.thread_number, header.thread_count = _entries(library())
+        openmp().GOMP_parallel(start, ctypes.byref(header), header.num_threads, 0)
+    return not header.lacks
+
+
+@functools.cache
+def _entries(found: Any) -> tuple[int, int, int]:
+    """Where the native program starts, and OpenMP's functions for the number of a thread and of all threads."""
+    functions = found.deepmoe_run, openmp().omp_get_thread_num, openmp().omp_get_num_threads
+    start, number, count = map(_address_of, functions)
+    return start, number, count
+
+
+def _address_of(function: Any) -> int:
     """Where a function of a library lies."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -1,7 +1,8 @@
 """A trace cut into parts that groups of images run through without meeting each other."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .fold import geometry_of
@@ -44,10 +45,23 @@ class Cut(NamedTuple):
     separate: bool
 
 
-def cut(trace: Trace, widths: Sequence[int], wanted: Sequence[str]) -> Cut:
+def never(op: Convolve, positions: int) -> int:
+    """The tile of a convolution that computes each product: none."""
+    return 0
+
+
+def cut(
+    trace: Trace, widths: Sequence[int], wanted: Sequence[str], tile: Callable[[Convolve, int], int] = never
+) -> Cut:
     """Cut what leads to the wanted values wherever no kept channels are needed any more.
 
     What needs nothing of a part that has begun, and all images together, runs before it.
+
+    Args:
+        trace: of a network.
+        widths: experts of each gated layer.
+        wanted: values.
+        tile: of a convolution to maps of so many positions, see `winograd`.
     """
     operations = _needed(trace, wanted)
     layers = {op.output: op.layer for op in operations}
@@ -61,7 +75,7 @@ def cut(trace: Trace, widths: Sequence[int], wanted: Sequence[str]) -> Cut:
     def close() -> None:
         steps.extend(op if isinstance(op, Call) else Part([op], None) for op in early)
         if part:
-            steps.append(Part(list(part), _segment(part, layers, widths)))
+            steps.append(Part(list(part), _segment(part, layers, widths, tile)))
         early.clear()
         part.clear()
 
@@ -120,7 +134,12 @@ def _needed(trace: Trace, wanted: Sequence[str]) -> list[Operation]:
     return result
 
 
-def _segment(part: Sequence[Operation], layers: dict[str, int | None], widths: Sequence[int]) -> Segment | None:
+def _segment(
+    part: Sequence[Operation],
+    layers: dict[str, int | None],
+    widths: Sequence[int],
+    tile: Callable[[Convolve, int], int],
+) -> Segment | None:
     found = {layers.get(name) for op in part for name in (*reads_of(op), op.output)} - {None}
     numbers: list[Any] = sorted(found)
     if not numbers:
@@ -133,9 +152,8 @@ def _segment(part: Sequence[Operation], layers: dict[str, int | None], widths: S
         if isinstance(op, Convolve):
             scale /= op.geometry.stride[0] * op.geometry.stride[1]
             sides = (layers.get(op.inputs[0]), op.layer)
-            readers.append(
-                Reader(op.conv.weight.numel(), scale, *(None if side is None else side - first for side in sides))
-            )
+            reads, writes = (None if side is None else side - first for side in sides)
+            readers.append(Reader(op.conv.weight.numel(), scale, reads, writes, functools.partial(tile, op)))
         elif isinstance(op, Pool):
             scale /= op.window[2][0] * op.window[2][1]
         elif isinstance(op, Depthwise) and op.conv is not None:

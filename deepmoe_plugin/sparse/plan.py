@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .ragged import RaggedBatch, RaggedKept, rounded
+from .winograd import WEIGHT_COST, share
 
 LIMIT = 0.8
 """Largest fraction of kept experts for which a layer runs on compact weights, without calibration."""
@@ -91,12 +92,14 @@ class Reader(NamedTuple):
         weights: number of weights.
         positions: output positions for each input position of the segment.
         reads, writes: gated layer (counted inside the segment) at its input and output, None if dense.
+        tile: of an output of so many positions, see `winograd`.
     """
 
     weights: int
     positions: float
     reads: int | None
     writes: int | None
+    tile: Callable[[int], int] = lambda positions: 0
 
 
 class Segment:
@@ -129,7 +132,7 @@ class Segment:
         return np.minimum(self._widths, np.maximum(self.steps, -(-counts // self.steps) * self.steps))
 
     def cost(self, counts: np.ndarray, images: np.ndarray | int, positions: int, gathers: bool = True) -> np.ndarray:
-        """Multiply-accumulates of groups that compute `counts` experts of each layer, shape (...).
+        """What groups take that compute `counts` experts of each layer, in multiply-accumulates, shape (...).
 
         Args:
             counts: shape (..., layers).
@@ -146,8 +149,11 @@ class Segment:
                 if layer is not None:
                     part = part * fractions[..., layer]
             each = GATHER_COST if reader.weights <= NEAR_WEIGHTS else FAR_GATHER_COST
-            gathering = each * (part < 1) if gathers else 0
-            total += part * reader.weights * (images * positions * reader.positions + gathering)
+            outputs = positions * reader.positions
+            tile = reader.tile(round(outputs))
+            # Weights are transformed even where all are kept.
+            gathering = each * (part < 1) + WEIGHT_COST[tile] if gathers else 0
+            total += part * reader.weights * (images * outputs * share(tile) + gathering)
         return total
 
 

@@ -17,18 +17,18 @@ struct Convolution {
     const Value &input, &output;
     const Group& group;
     const Kept *reads, *writes;      // null: all
-    char* pack;
+    char *pack, *scratch;
     const Value* residual;
     const int64_t team_size, member;
     int64_t taps, in_units, out_count, in_pitch, out_pitch, pixels, runs, blocks, weight_rows;
     int64_t places, place_units;     // of a gathered block: kernel positions, and units from one to the next
     bool gathers, picks, by_rows;
-    bool at_once;                    // a thread gathers the weights of a block just before it multiplies with them
+    bool at_once;                    // a thread gathers a kernel row of a block just before it multiplies with it
     bool whole_rows;                 // kernel positions side by side are one run, of weights and of inputs
 
     Convolution(const Team& team, const Operation& op, int64_t group_number, char* pack)
         : program(team.program), op(op), input(program.values[op.input]), output(program.values[op.output]),
-          group(program.groups[group_number]), pack(pack), team_size(team.size), member(team.member) {
+          group(program.groups[group_number]), pack(pack), scratch(team.scratch), team_size(team.size), member(team.member) {
         const Kepts kepts(program, group);
         reads = kepts.of(input);
         writes = kepts.of(output);
@@ -67,12 +67,15 @@ struct Convolution {
 
     int64_t in_bytes() const { return group.count * input.height * input.width * in_pitch; }
     int64_t block_bytes() const { return places * place_units * BLOCK * 4; }
+    int64_t row_units() const { return op.kernel_width * in_units; }
 
-    // Where blocks run one by one, of which each thread has several, and where a block stays in the second-level cache:
-    // what is gathered then never leaves it, and the rows of the next block come while this one is multiplied with.
+    // Where blocks run one by one, of which each thread has several, and where a kernel row of a block stays in the
+    // second-level cache: what is gathered then never leaves it, and the next weights come while these are multiplied
+    // with. Sums of some pixels wait in memory for the next kernel row.
     bool gathers_at_once() const {
-        const bool by_blocks = taps == 1 && in_bytes() <= blocks * block_bytes() && blocks >= 2 * team_size;
-        return by_blocks && block_bytes() <= 2 * CACHED;
+        const bool by_blocks = in_bytes() <= blocks * block_bytes() && blocks >= 2 * team_size;
+        const bool fits = row_units() * BLOCK * 4 <= 2 * CACHED;
+        return by_blocks && fits && (op.kernel_height == 1 || group.count * pixels <= SUMMED);
     }
 
     // ------------------------------------------------------------------------------------------- gather
@@ -94,15 +97,21 @@ struct Convolution {
         select(turn / taps, turn % taps, first, std::min(first + GATHERED, in_units));
     }
 
-    // The same of a whole block, at once.
-    void gather_block(int64_t block) const {
-        if (!by_rows) return select(block, 0, 0, in_units);
-        for (int64_t number = block * BLOCK; number < std::min(out_count, (block + 1) * BLOCK); number += LANES)
-            squeezes() ? squeeze(number, 0, columns_of(number)) : transpose(number, 0, in_units, columns_of(number));
+    // The same of a kernel row of a block, at once.
+    void gather_row(int64_t block, int64_t down) const {
+        const int64_t first = down * op.kernel_width, last = first + op.kernel_width;
+        for (int64_t tap = first; !by_rows && tap < last; ++tap) select(block, tap, 0, in_units);
+        for (int64_t number = block * BLOCK; by_rows && number < std::min(out_count, (block + 1) * BLOCK); number += LANES) {
+            const Columns columns = {packed(number, 0, row_units()), BLOCK, first * in_units};
+            if (!squeezes()) transpose(number, first * in_units, last * in_units, columns);
+            for (int64_t tap = first; squeezes() && tap < last; ++tap) squeeze(number, tap, columns);
+        }
     }
 
-    // Where the gathered weights of a block lie; each thread has a place for one if it gathers just before it multiplies.
-    char* packed_block(int64_t block) const { return pack + (at_once ? member : block) * block_bytes(); }
+    // Where the gathered weights of a block lie; each thread has a place for a row if it gathers just before it multiplies.
+    char* packed_block(int64_t block) const {
+        return at_once ? pack + member * row_units() * BLOCK * 4 : pack + block * block_bytes();
+    }
 
     typedef const char* Rows[LANES];
 
@@ -123,8 +132,8 @@ struct Convolution {
 
     struct Columns {         // where the weights of a vector of outputs come to lie, for each unit of inputs
         uint32_t* start;
-        int64_t pitch;
-        uint32_t* of(int64_t unit) const { return start + unit * pitch; }
+        int64_t pitch, first = 0;  // the unit at the start
+        uint32_t* of(int64_t unit) const { return start + (unit - first) * pitch; }
     };
     Columns columns_of(int64_t output_number) const { return {packed(output_number, 0, taps * in_units), BLOCK}; }
 
@@ -203,7 +212,7 @@ struct Convolution {
     void select(int64_t block, int64_t tap, int64_t first, int64_t last) const {
         const char* source = op.weight + (block * taps + tap) * weight_rows * BLOCK * 4;
         const int64_t bytes = round_up(std::min(BLOCK, out_count - block * BLOCK), LANES) * 4;
-        uint32_t* target = packed(block * BLOCK, tap * in_units, last);
+        uint32_t* target = packed(block * BLOCK, (at_once ? tap % op.kernel_width : tap) * in_units, last);
         const auto row = [&](int64_t number) {
             const char* found = source + reads->index[number] / Number::PAIR * BLOCK * 4;
             CHECK(found >= op.weight && found + bytes <= op.weight + op.weight_bytes);
@@ -244,9 +253,13 @@ struct Convolution {
             const int64_t first = is_shared ? runs * share / team_size : 0;
             const int64_t last = is_shared ? runs * (share + 1) / team_size : runs;
             if (first == last) return;
-            gather_block(block_of(number));
-            int64_t tiles = 0;
-            for (int64_t r = first; r < last; ++r) run_block(block_of(number), r, tiles, block_of(number + 1));
+            for (int64_t down = 0; down < op.kernel_height; ++down) {
+                gather_row(block_of(number), down);
+                const bool ends = down + 1 == op.kernel_height;
+                const Rest rest = {down, down + 1, block_of(number + ends), ends ? 0 : down + 1};
+                int64_t tiles = 0;
+                for (int64_t r = first; r < last; ++r) run_block(block_of(number), r, rest, tiles);
+            }
             return;
         }
         // Block by block, so that weights stay in the cache; or if inputs are larger, as many pixels at a time as stay
@@ -258,8 +271,13 @@ struct Convolution {
         const int64_t first = item / (blocks * together) * together;
         const int64_t members = std::min(together, runs - first);
         int64_t tiles = 0;
-        run_block((item - first * blocks) / members, first + (item - first * blocks) % members, tiles, blocks);
+        run_block((item - first * blocks) / members, first + (item - first * blocks) % members, {0, op.kernel_height}, tiles);
     }
+
+    struct Rest {
+        int64_t first_row, last_row;            // of the kernel, whose products are added now
+        int64_t next_block = -1, next_row = 0;  // what this thread probably gathers next; -1: nothing
+    };
 
     struct Factors {          // of a block of outputs; gates of some images
         alignas(64) float bias[BLOCK], gates[RUN + 1][BLOCK];
@@ -280,9 +298,8 @@ struct Convolution {
         }
     }
 
-    // One block of outputs of one run of pixels. `tiles_done`: how many tiles have used the same weights before; `next`:
-    // the block that this thread probably takes next.
-    void run_block(int64_t block, int64_t run, int64_t& tiles_done, int64_t next) const {
+    // One block of outputs of one run of pixels. `tiles_done`: how many tiles have used the same weights before.
+    void run_block(int64_t block, int64_t run, const Rest& rest, int64_t& tiles_done) const {
         const int64_t all = group.count * pixels, begin = all * run / runs, end = all * (run + 1) / runs;
         const int64_t first_image = begin / pixels;
         const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
@@ -302,30 +319,35 @@ struct Convolution {
                                                     : &Convolution::tile<vectors_now, pixels_now, false>;
                     (this->*compute)(from, first_image, weight + v * LANES * 4, factors.bias + v * LANES,
                                      &factors.gates[0][v * LANES], channel, std::min(out_count - channel, now * LANES),
-                                     fetched(next, tiles_done));
+                                     rest, fetched(rest, tiles_done));
                 });
             }
         }
-        clear_pads(begin, end, block);
+        if (rest.last_row == op.kernel_height) clear_pads(begin, end, block);
     }
 
-    // What is fetched into the second-level cache while a tile is computed: for the unit k of the products a part of row
-    // `index[k & mask]`.
+    // What is fetched into the second-level cache while a tile is computed: for the unit k of the products two cache lines
+    // of row `index[k & mask]`.
     struct Fetched {
         const char* base = zeros;
         const int32_t* index = (const int32_t*)zeros;
         int64_t row_bytes = 0, mask = 0, shift = 63;
-        const char* of(int64_t k) const { return base + index[k & mask] * row_bytes + (k >> shift) * 64; }
+        const char* of(int64_t k) const { return base + index[k & mask] * row_bytes + (k >> shift) * 128; }
     };
 
-    // A quarter of the rows of a block that is gathered soon, or of each of them. So many tiles have fetched others.
-    Fetched fetched(int64_t block, int64_t part) const {
-        if (!at_once || block >= blocks || part >= BLOCK / LANES) return {};
-        if (!by_rows && Number::PAIR > 1) return {};  // a row holds two inputs, of which one may be closed
-        if (!by_rows) return {op.weight + (block * weight_rows * BLOCK + part * LANES) * 4, reads->index, BLOCK * 4, -1, 63};
-        const int64_t first = block * BLOCK + part * LANES;
-        if (first + LANES > out_count) return {};
-        return {op.rows, writes->index + first, weight_rows * 4, LANES - 1, 4};
+    // A part of the rows of a block that is gathered soon. So many tiles have fetched others.
+    Fetched fetched(const Rest& rest, int64_t part) const {
+        const int64_t block = rest.next_block, row_lines = op.kernel_width * weight_rows * 4 / 64;
+        if (!at_once || block < 0 || block >= blocks) return {};
+        if (by_rows) {
+            const int64_t first = block * BLOCK, start = part * row_units() / BLOCK * 2;
+            if (first + BLOCK > out_count || start >= row_lines) return {};
+            return {op.rows + (rest.next_row * op.kernel_width * weight_rows * 4) + start * 64, writes->index + first,
+                    taps * weight_rows * 4, BLOCK - 1, 6};
+        }
+        if (part >= BLOCK / LANES / 2 || taps > 1) return {};
+        if (Number::PAIR > 1) return {};  // a row holds two inputs, of which one may be closed
+        return {op.weight + (block * weight_rows * BLOCK + part * 2 * LANES) * 4, reads->index, BLOCK * 4, -1, 63};
     }
 
     // Calls `work` with the numbers of vectors and pixels as types, as it needs a register for each sum.
@@ -351,7 +373,7 @@ struct Convolution {
     // P pixels by V vectors of outputs: sums stay in registers until they are written.
     template <int V, int P, bool WHOLE_ROWS>
     __attribute__((noinline)) void tile(int64_t from, int64_t first_image, const char* weight, const float* bias,
-                                        const float* gates, int64_t channel, int64_t count,
+                                        const float* gates, int64_t channel, int64_t count, const Rest& rest,
                                         Fetched next) const {
         Pixel tile_pixels[P];
         locate(tile_pixels, P, from, first_image, gates, channel);
@@ -364,10 +386,10 @@ struct Convolution {
 #pragma GCC unroll 8
         for (int p = 0; p < P; ++p)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sums[p][v] = Vector{};
+            for (int v = 0; v < V; ++v) sums[p][v] = rest.first_row ? *summed(from + p, channel, v) : Vector{};
         const int64_t row_bytes = (input.width + input.pad) * in_pitch * op.dilation_height;
         const int64_t tap_bytes = (gathers ? in_units : weight_rows) * BLOCK * 4;
-        for (int64_t down = 0; down < op.kernel_height; ++down, weight += tap_bytes * op.kernel_width) {
+        for (int64_t down = rest.first_row; down < rest.last_row; ++down, weight += tap_bytes * op.kernel_width) {
             bool inside[P], any = false;
             for (int p = 0; p < P; ++p) {
                 inside[p] = (uint64_t)(tile_pixels[p].top + down * op.dilation_height) < (uint64_t)input.height;
@@ -391,8 +413,23 @@ struct Convolution {
                     add_products<V, P, false>(sums, x, row, units, next);
             }
         }
+        const bool ends = rest.last_row == op.kernel_height;
 #pragma GCC unroll 8
-        for (int p = 0; p < P; ++p) finish<V>(sums[p], bias, tile_pixels[p], count);
+        for (int p = 0; p < P; ++p) {
+            if (ends) {
+                finish<V>(sums[p], bias, tile_pixels[p], count);
+                continue;
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) *summed(from + p, channel, v) = sums[p][v];
+        }
+    }
+
+    // Where sums of a pixel wait for the next kernel row.
+    Vector* summed(int64_t pixel, int64_t channel, int64_t v) const {
+        Vector* place = (Vector*)scratch + (pixel * BLOCK + channel % BLOCK) / LANES + v;
+        CHECK((char*)(place + 1) <= scratch + program.scratch_bytes);
+        return place;
     }
 
     // Products of `units` neighbouring inputs of each pixel, whose weights lie in rows of a block, with some left out or not.
@@ -410,7 +447,9 @@ struct Convolution {
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) __builtin_prefetch(later + v * LANES * 4);
             }
-            __builtin_prefetch(next.of(k), 0, 2);  // in a function of its own GCC would leave it out
+            const char* soon = next.of(k);
+            __builtin_prefetch(soon, 0, 2);  // in a function of its own GCC would leave it out
+            __builtin_prefetch(soon + 64, 0, 2);
             Units w[V];
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) w[v] = *(const Units*)(row + v * LANES * 4);

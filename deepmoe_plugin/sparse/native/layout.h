@@ -1,4 +1,4 @@
-// What Python fills in, the same fields with 64 bits each as in `program.py`, and the vectors that all is computed with.
+// What Python fills in, the same fields with 64 bits each as in `layout.py`, and the vectors that all is computed with.
 #pragma once
 
 #include <atomic>
@@ -21,13 +21,15 @@
 #define CHECK(condition)
 #endif
 
-constexpr int64_t LANES = 16;          // outputs in a vector
-constexpr int64_t BLOCK = 64;          // outputs whose weights lie together
+// Python knows the first of these sizes too, and defines them: see `layout.py`.
+constexpr int64_t LANES = DEEPMOE_LANES;   // outputs in a vector
+constexpr int64_t BLOCK = DEEPMOE_BLOCK;   // outputs whose weights lie together
 constexpr int64_t RUN = 56;            // output pixels that a thread takes at a time, at most
 constexpr int64_t SHORT_RUN = 16;      // the same where there is too little to do for all threads otherwise
 constexpr int64_t CACHED = 1 << 18;    // bytes of inputs that stay in the second-level cache
-constexpr int64_t TILES = 56;          // the same in tiles of `Winograd`
+constexpr int64_t TILES = DEEPMOE_TILES;   // the same in tiles of `Winograd`
 constexpr int64_t SHORT_TILES = 7;
+constexpr int64_t SUMMED = DEEPMOE_SUMMED;  // pixels whose sums wait in memory, at most
 constexpr int64_t GATHERED = 512;      // inputs whose weights a thread gathers at a time
 constexpr int64_t SQUEEZED = 256;      // inputs that are squeezed before they are transposed: what the first-level cache holds
 constexpr int64_t MANY_PIXELS = 32;    // from which on gathering pays where only inputs are left out
@@ -40,8 +42,9 @@ constexpr int MAX_VECTORS = 1;
 constexpr int MAX_PIXELS[] = {0, 6};
 #endif
 
-alignas(64) static const char zeros[65536] = {};  // a pixel beyond the border
+alignas(64) static const char zeros[4 * DEEPMOE_MAX_INPUTS] = {};  // a pixel beyond the border
 
+// Vectors may begin at any number, so only a read between two numbers is misaligned; `make sanitize` reports those.
 typedef float Vector __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Units __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));

@@ -1,4 +1,4 @@
-// A sparse network as one native program; `program.py` describes it and calls it.
+// A sparse network as one native program; `schedule.py` describes it and calls it.
 //
 // A program is a table of operations on values, which are activations of all images of a batch, channels last. A value
 // that a gate writes holds, of each image, only the channels that the image keeps. Several threads run the program
