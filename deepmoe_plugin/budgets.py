@@ -68,13 +68,13 @@ def set_budget(
             )
         found, spends = curve.find('macs' if name == 'macs' else 'kept', goal)
         threshold.copy_(found.to(threshold.dtype))
-        network.gating.norm_curve.apply_to(_norms_of(model), threshold)
+        _move_norms(model)
         return spends
     preact = _preactivations(network, images)
     curve.measure(preact, network.spent)
     cost = network.spent if name == 'macs' else fraction_kept
     threshold.copy_(find_threshold(preact, cost, goal).to(threshold.dtype))
-    network.gating.norm_curve.apply_to(_norms_of(model), threshold)
+    _move_norms(model)
     return cost(preact > threshold).mean().item()
 
 
@@ -119,9 +119,16 @@ def recalibrate_norms(model: nn.Module, images: Images, macs: Sequence[float] = 
         gating.gates.threshold.copy_(before)
     if points:
         gating.norm_curve.measure(norms, points)
-        gating.norm_curve.apply_to(norms, before)
+        _move_norms(model)
     else:
         _measure_norms(model, norms, images)
+
+
+def _move_norms(model: nn.Module) -> None:
+    """Give the norms the statistics that were measured for the present threshold, if any were."""
+    gating = find_deepmoe(model).gating
+    if gating.norm_curve.is_measured:
+        gating.norm_curve.apply_to(_norms_of(model), gating.gates.threshold)
 
 
 def _norms_of(model: nn.Module) -> list[_BatchNorm]:

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class NormCurve(nn.Module):
     """Running statistics of the batch norms at some thresholds of the gates: part of the state dict once measured.
 
-    Between two thresholds the statistics are interpolated. Those of earlier weights are worse than none, so that the
-    curve counts for as long as no norm has seen another training batch.
+    Between two thresholds the statistics are interpolated. They go with the weights that they were measured with: as
+    soon as a norm has seen another training batch, the curve counts no more.
     """
 
     thresholds: Tensor | None
@@ -41,6 +41,10 @@ class NormCurve(nn.Module):
         """Mark the curve as not measured."""
         self.thresholds = self.statistics = self.batches = None
 
+    @property
+    def is_measured(self) -> bool:
+        return self.thresholds is not None
+
     def make_room(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
         """Take the shapes of a state dict; from one without a norm curve it gets none."""
         for name in ('thresholds', 'statistics', 'batches'):
@@ -53,8 +57,9 @@ class NormCurve(nn.Module):
         Nothing happens where the curve is of other norms, or of earlier weights.
         """
         self.to(threshold.device)  # a checkpoint is loaded to the host
-        if self.thresholds is None or self.statistics is None or self.batches is None:
-            return
+        assert self.thresholds is not None
+        assert self.statistics is not None
+        assert self.batches is not None
         if not torch.equal(_batches_of(norms).to(self.batches), self.batches):
             return
         last = len(self.thresholds) - 1
