@@ -10,7 +10,7 @@ from test_sparse import assert_exact, network, random_gates, with_gates
 from test_sparse_native import arrays, close, convolution, gates_of, random_conv, run
 
 import deepmoe_plugin
-from deepmoe_plugin.sparse import build, weights
+from deepmoe_plugin.sparse import build, plan, weights
 from deepmoe_plugin.sparse.layout import CONVOLVE
 from deepmoe_plugin.sparse.operations import Convolve
 from deepmoe_plugin.sparse.plan import Reader, Segment
@@ -223,3 +223,28 @@ def test_gates_are_found_without() -> None:
     sparse(images(1, 40))
     assert sparse.executor._gating is not None
     assert not sparse.executor._gating.program.winograd
+
+
+def test_cost_of_groups_is_the_sum_over_convolutions() -> None:
+    """By a loop over convolutions and groups; the tile of each is asked for once, and not at every batch."""
+    asked: list[int] = []
+
+    def tile_of_all(positions: int) -> int:
+        asked.append(positions)
+        return 2
+
+    layers = [(None, 0, 1e6), (0, 1, 5e4), (1, None, 7e3), (None, None, 300)]
+    readers = [Reader(int(size), 0.25, reads, writes, tile_of_all) for reads, writes, size in layers]
+    segment = Segment(3, [64, 32], readers)
+    counts, images = np.array([[16, 32], [60, 16], [64, 16]]), np.array([1, 2, 5])
+    for gathers in (True, False, True):
+        for group, found in enumerate(segment.cost(counts, images, 400, gathers)):
+            kept = [1 if c > 0.8 * width else c / width for c, width in zip(counts[group], (64, 32), strict=True)]
+            total = 0
+            for reads, writes, size in layers:
+                part = (1 if reads is None else kept[reads]) * (1 if writes is None else kept[writes])
+                gather = plan.FAR_GATHER_COST if size > plan.NEAR_WEIGHTS else plan.GATHER_COST
+                total += part * size * images[group] * 100 * plan.share(2)
+                total += gathers * part * size * (gather * (part < 1) + plan.WEIGHT_COST[2])
+            assert found == pytest.approx(total)
+    assert asked == [100] * len(layers)

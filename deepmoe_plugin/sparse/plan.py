@@ -117,6 +117,11 @@ class Segment:
         self.readers = list(readers)
         self._widths = np.array(self.widths, dtype=np.int64)
         self.steps = np.array([max(16, 2 ** round(math.log2(width / 32))) for width in widths], dtype=np.int64)
+        self._reads, self._writes = (
+            np.array([len(self.widths) if layer is None else layer for layer in layers], dtype=np.int64)
+            for layers in ([reader.reads for reader in readers], [reader.writes for reader in readers])
+        )
+        self._known: dict[int, np.ndarray] = {}
         self.limits = [LIMIT] * len(self.widths)
         """Largest fraction of kept experts for which a layer runs on compact weights."""
         self.ragged_limit = LIMIT
@@ -141,20 +146,28 @@ class Segment:
             gathers: count the gathering too.
         """
         computed = self.rounded(counts)
-        fractions = np.where(computed > np.array(self.limits) * self._widths, 1, computed / self._widths)
-        total = np.zeros(counts.shape[:-1])
+        fractions = np.ones((*counts.shape[:-1], len(self.widths) + 1))  # and one for what no gate thins
+        np.divide(
+            computed, self._widths, out=fractions[..., :-1], where=computed <= np.array(self.limits) * self._widths
+        )
+        part = fractions[..., self._reads] * fractions[..., self._writes]
+        products, gathering, transforms = self._costs(positions)
+        total = part @ products * images
+        # Weights are transformed even where all are kept.
+        return total + (part * (part < 1)) @ gathering + part @ transforms if gathers else total
+
+    def _costs(self, positions: int) -> np.ndarray:
+        """What each convolution costs with all experts, (3, R): products of an image, gathering, transforming."""
+        if positions in self._known:
+            return self._known[positions]
+        rows = []
         for reader in self.readers:
-            part = np.ones(counts.shape[:-1])
-            for layer in (reader.reads, reader.writes):
-                if layer is not None:
-                    part = part * fractions[..., layer]
-            each = GATHER_COST if reader.weights <= NEAR_WEIGHTS else FAR_GATHER_COST
             outputs = positions * reader.positions
             tile = reader.tile(round(outputs))
-            # Weights are transformed even where all are kept.
-            gathering = each * (part < 1) + WEIGHT_COST[tile] if gathers else 0
-            total += part * reader.weights * (images * outputs * share(tile) + gathering)
-        return total
+            gathering = GATHER_COST if reader.weights <= NEAR_WEIGHTS else FAR_GATHER_COST
+            rows.append([reader.weights * cost for cost in (outputs * share(tile), gathering, WEIGHT_COST[tile])])
+        found = self._known[positions] = np.array(rows, dtype=np.float64).reshape(-1, 3).T.copy()
+        return found
 
 
 class Plan:
