@@ -20,6 +20,9 @@ GATHER_COST, FAR_GATHER_COST, NEAR_WEIGHTS = 25, 75, 2**18
 weights than stay in the cache. Found on an EPYC (Zen 4) with 1 MiB for each core: 20 in wide ResNet-20; 75 to 100 in
 batches of ResNet-50 and VGG-16, on two threads that share the memory."""
 
+SEARCH_COST = 2 * 10**6
+"""To look for a group for one image, on the host, takes as long as about this many multiply-accumulates."""
+
 MIN_REUSE = 64
 """Multiply-accumulates per weight and image from which a batch runs ragged: with fewer, reading weights of its own for
 each image takes as long on an H200 as the products with all of them (2 bytes at 5 TB/s, 2 operations at 600 T/s)."""
@@ -253,7 +256,8 @@ def _pays_ragged(segment: Segment, batch: RaggedBatch, positions: int) -> bool:
 def partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[list[int]]:
     """Put images into the group where they cost least, or into one of their own if that is cheaper, or all into one.
 
-    Images that keep the same never part: nothing is gathered twice.
+    Images that keep the same never part: nothing is gathered twice. Others are compared one by one only where that can
+    save more than it costs.
     """
     num_images = len(kept[0])
     everybody = [list(range(num_images))]
@@ -261,17 +265,20 @@ def partition(segment: Segment, kept: list[np.ndarray], positions: int) -> list[
         return everybody
     alone = segment.cost(np.stack([mask.sum(1) for mask in kept], axis=1), 1, positions)
     all_together = segment.cost(np.array([[mask.any(0).sum() for mask in kept]]), num_images, positions)[0]
-    pair, whole = _best_pair(segment, kept, alone, positions), alone.sum() - all_together
-    # Where maps are small and some image keeps nearly every expert, all together may cost less than anything between.
-    if whole >= 0 and whole >= num_images * pair:
-        return everybody
-    if pair <= 0:
-        return [[image] for image in range(num_images)]
+    whole = alone.sum() - all_together
     flat = np.concatenate(kept, axis=1)
     alike: dict[bytes, list[int]] = {}
     for image, row in enumerate(np.packbits(flat, axis=1)):
         alike.setdefault(row.tobytes(), []).append(image)
     members = list(alike.values())
+    least = SEARCH_COST if len(members) == num_images else 0
+    # No two images together cost less than the dearer one of them.
+    pair = _best_pair(segment, kept, alone, positions) if alone.max() > least else 0
+    # Where maps are small and some image keeps nearly every expert, all together may cost less than anything between.
+    if whole >= 0 and whole >= num_images * pair:
+        return everybody
+    if pair <= least:
+        return [[image] for image in range(num_images)]
     flat = flat[[images[0] for images in members]]
     ends = np.cumsum([0, *segment.widths])[:-1]
     sizes = np.array([len(images) for images in members])
