@@ -53,29 +53,39 @@ def set_budget(
     name, goal = ('macs', macs) if kept is None else ('kept', kept)
     if goal is None or (macs is not None and kept is not None):
         raise ValueError('set_budget needs one budget: macs=0.4 or kept=0.5.')
-    check_number(name, goal)
-    if not 0 < goal <= 1:
-        raise ValueError(f'{name} must be a fraction above 0 and at most 1, got {goal}.')
     network = find_deepmoe(model)
-    if name == 'macs':
-        network.check_target(goal)
-    threshold, curve = network.gating.gates.threshold, network.gating.curve
+    threshold = network.gating.gates.threshold
     if images is None:
-        if not curve.is_measured:
-            raise ValueError(
-                f'This network has no budget curve: give images once, as set_budget(model, images, {name}={goal}), and '
-                f'save the network after it. Training the gates makes it forget the curve.'
-            )
-        found, spends = curve.find('macs' if name == 'macs' else 'kept', goal)
+        found, spends = _by_curve(network, name, goal)
         threshold.copy_(found.to(threshold.dtype))
         _move_norms(model)
         return spends
+    _check_goal(network, name, goal)
     preact = _preactivations(network, images)
-    curve.measure(preact, network.spent)
+    network.gating.curve.measure(preact, network.spent)
     cost = network.spent if name == 'macs' else fraction_kept
     threshold.copy_(find_threshold(preact, cost, goal).to(threshold.dtype))
     _move_norms(model)
     return cost(preact > threshold).mean().item()
+
+
+def _check_goal(network: GatedNetwork, name: str, goal: float) -> None:
+    check_number(name, goal)
+    if not 0 < goal <= 1:
+        raise ValueError(f'{name} must be a fraction above 0 and at most 1, got {goal}.')
+    if name == 'macs':
+        network.check_target(goal)
+
+
+def _by_curve(network: GatedNetwork, name: str, goal: float) -> tuple[Tensor, float]:
+    """The threshold of a budget by the budget curve, and what is spent there."""
+    _check_goal(network, name, goal)
+    if not network.gating.curve.is_measured:
+        raise ValueError(
+            f'This network has no budget curve: give images once, as set_budget(model, images, {name}={goal}), and '
+            f'save the network after it. Training the gates makes it forget the curve.'
+        )
+    return network.gating.curve.find('macs' if name == 'macs' else 'kept', goal)
 
 
 @torch.no_grad()
@@ -83,7 +93,7 @@ def recalibrate_norms(model: nn.Module, images: Images, macs: Sequence[float] = 
     """Measure the statistics of the batch norms anew, with the gates as they are now or at several budgets.
 
     Another budget closes other experts, and what the norms behind them see has another mean and variance (Yu and Huang
-    2019, universally slimmable networks, Section 3.2). Nothing trains:
+    2019, universally slimmable networks). Nothing trains:
 
         deepmoe_plugin.set_budget(model, loader, macs=0.6)
         deepmoe_plugin.recalibrate_norms(model, train_loader)
@@ -105,23 +115,24 @@ def recalibrate_norms(model: nn.Module, images: Images, macs: Sequence[float] = 
     Raises:
         ValueError: there are no images, a budget cannot be set, or `model` holds no DeepMoE network or several.
     """
-    gating = find_deepmoe(model).gating
-    norms = _norms_of(model)
+    network = find_deepmoe(model)
+    gating, norms = network.gating, _norms_of(model)
+    thresholds = [_by_curve(network, 'macs', budget)[0] for budget in macs]
+    if not thresholds:
+        _measure_norms(model, norms, images)
+        gating.norm_curve.forget()
+        return
     before = gating.gates.threshold.clone()
     points = []
-    gating.norm_curve.forget()
     try:
-        for budget in macs:
-            set_budget(model, macs=budget)
+        for threshold in thresholds:
+            gating.gates.threshold.copy_(threshold.to(before.dtype))
             _measure_norms(model, norms, images)
             points.append((gating.gates.threshold.clone(), read_norms(norms)))
     finally:
         gating.gates.threshold.copy_(before)
-    if points:
-        gating.norm_curve.measure(norms, points)
-        _move_norms(model)
-    else:
-        _measure_norms(model, norms, images)
+    gating.norm_curve.measure(norms, points)
+    _move_norms(model)
 
 
 def _move_norms(model: nn.Module) -> None:
@@ -138,6 +149,7 @@ def _norms_of(model: nn.Module) -> list[_BatchNorm]:
 
 
 def _measure_norms(model: nn.Module, norms: Sequence[_BatchNorm], images: Images) -> None:
+    # Not by torch.optim.swa_utils.update_bn: it trains all modules, gating and dropout among them.
     before = [(norm.momentum, [buffer.clone() for buffer in norm.buffers()]) for norm in norms]
     trained = [module for module in model.modules() if module.training]
     model.eval()

@@ -312,13 +312,19 @@ def test_other_experts_make_a_network_forget_its_budgets():
         set_budget(smaller, macs=0.5)
 
 
-def test_a_budget_out_of_reach_leaves_the_threshold():
+@pytest.mark.parametrize(
+    ('loader', 'budgets', 'message'), [([], BUDGETS, 'images is empty'), ([None], (0.5, 2), 'macs must be a fraction')]
+)
+def test_what_cannot_be_measured_changes_nothing(loader, budgets, message):
     model = randomise(small('cifar')).eval()
     set_budget(model, images(16), kept=0.5)
-    threshold = model.gating.gates.threshold.clone()
-    with pytest.raises(ValueError, match='macs must be a fraction'):
-        recalibrate_norms(model, images(8), macs=(0.5, 2))
-    assert torch.equal(model.gating.gates.threshold, threshold)
+    recalibrate_norms(model, images(8), macs=BUDGETS)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        recalibrate_norms(model, loader, macs=budgets)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_a_network_without_batch_norms_takes_budgets_alike():

@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from small_segmentors import ITERATIONS, backbone_config, loader, segmentor, small_street_scenes
 
 from deepmoe_plugin import find_deepmoe, set_budget
-from deepmoe_plugin.cli import compress, compress_segmentor, test, train
+from deepmoe_plugin.cli import compress, compress_segmentor, compression, test, train
 from deepmoe_plugin.mmseg.hooks import compress_hook
 
 
@@ -93,6 +93,7 @@ def test_range_of_budgets(config, dense, tmp_path):
     model = Runner.from_cfg({**settings, 'work_dir': str(tmp_path / 'x'), 'experiment_name': 'again'}).model
     model.load_state_dict(torch.load(tmp_path / 'compressed.pth', weights_only=True)['state_dict'])
     smallest = find_deepmoe(model).gating.gates.threshold.item()
+    assert len(find_deepmoe(model).gating.norm_curve.thresholds) == compression.NORM_BUDGETS
     set_budget(model, macs=0.7)
     assert 0 <= find_deepmoe(model).gating.gates.threshold.item() < smallest
 
