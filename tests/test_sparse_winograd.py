@@ -248,3 +248,20 @@ def test_cost_of_groups_is_the_sum_over_convolutions() -> None:
                 total += gathers * part * size * (gather * (part < 1) + plan.WEIGHT_COST[2])
             assert found == pytest.approx(total)
     assert asked == [100] * len(layers)
+
+
+def test_images_are_compared_one_by_one_only_where_that_can_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    best_pair = plan._best_pair
+
+    def counted(segment: Segment, *rest: Any) -> float:
+        compared.append(segment.widths[0])
+        return best_pair(segment, *rest)
+
+    monkeypatch.setattr(plan, '_best_pair', counted)
+    random = np.random.default_rng(0)
+    for width in (64, 1024):
+        segment = Segment(0, [width], [Reader(9 * width**2, 1, None, 0), Reader(9 * width**2, 1, 0, None)])
+        kept = [random.permuted(np.tile(np.arange(width) < width // 4, (3, 1)), axis=1)]
+        plan.partition(segment, kept, 16)
+    assert compared == [1024]
