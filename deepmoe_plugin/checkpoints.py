@@ -146,6 +146,11 @@ def check_complete(
         )
     missing = sorted(key for key in own - loaded if not key.endswith('num_batches_tracked'))
     unknown = sorted(loaded - own)
+    if unknown and not missing and all(key.startswith(GATING_PREFIX) for key in unknown):
+        raise ValueError(
+            f'{source} is a checkpoint of a gated network, whose convolutions do not work without their gates: leave '
+            f'out gated=False, or give the checkpoint of a dense {name}.'
+        )
     if missing or unknown:
         parts = [
             f'{len(keys)} {what}, as {", ".join(keys[:_NAMED])}'

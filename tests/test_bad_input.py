@@ -292,8 +292,8 @@ def test_checkpoint_of_other_classes_or_channels():
 
 
 def test_pretrained_without_any_weights():
-    with pytest.raises(RuntimeError, match=r'wide_deepmoe_resnet20_cifar.*pretrained=False'):
-        small(CIFAR, pretrained=True)
+    with pytest.raises(RuntimeError, match=r'wide_deepmoe_resnet18.*pretrained=False'):
+        small('basic', pretrained=True)
 
 
 def test_vgg_built_by_hand_takes_the_same_checks():

@@ -140,6 +140,12 @@ def test_without_stage_2_the_budget_is_known_at_the_end(folder, tmp_path):
     assert run(folder, tmp_path, '--macs', '0.6', '--stage2', '0', '--resume')['results'] == summary['results']
 
 
+def test_the_optimizer_is_the_one_that_was_asked_for(folder, tmp_path):
+    run(folder, tmp_path / 'out', '--opt', 'muon', '--epochs', '1')
+    states = torch.load(tmp_path / 'out/gated/last.pth', weights_only=True)['optimizer']['state'].values()
+    assert {key for state in states for key in state} >= {'momentum_buffer', 'exp_avg'}  # of matrices, and of the rest
+
+
 def test_warm_start_gets_the_share_of_dynamic_experts(folder, tmp_path, monkeypatch):
     shares = []
     monkeypatch.setattr(compress, 'warm_start', lambda *_, dynamic_experts: shares.append(dynamic_experts))
@@ -225,6 +231,7 @@ def test_larger_images_are_cut_as_timm_does_it(folder):
     ('name', 'gated'),
     [
         ('resnet50', 'narrow_deepmoe_resnet50'),
+        ('resnet50.a1_in1k', 'narrow_deepmoe_resnet50'),
         ('wide_resnet50_2', 'wide_deepmoe_resnet50'),
         ('vgg16_bn', 'narrow_deepmoe_vgg16_bn'),
         ('wide_deepmoe_resnet18', 'wide_deepmoe_resnet18'),
@@ -243,6 +250,7 @@ def test_gated_twin(name, gated):
         (['--epochs', '0'], '--epochs must be at least 1'),
         (['--distill', '2'], '--distill must be a fraction'),
         (['--hint', '-1'], '--hint must not be negative'),
+        (['--opt', 'muonn'], "no optimizer 'muonn'. Similar: muon"),
         (['--dynamic-experts', '2'], '--dynamic-experts must be a fraction'),
     ],
 )
@@ -257,3 +265,9 @@ def test_a_network_without_a_gated_twin_is_refused(capsys):
     with pytest.raises(SystemExit):
         compress.main(['mobilenetv3_small_100', '--data-dir', 'nowhere'])
     assert 'no gated twin' in capsys.readouterr().err
+
+
+def test_gated_weights_of_the_package_are_refused_as_those_of_a_dense_network(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compress.main(['wide_deepmoe_resnet20_cifar', '--data-dir', str(folder / 'data'), '--num-classes', '100'])
+    assert 'checkpoint of a gated network' in capsys.readouterr().err

@@ -247,3 +247,24 @@ def test_mistakes_are_named(folder, checkpoint, change, message, capsys):
     with pytest.raises(SystemExit):
         evaluate.main([network, *kwargs, *options])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('network', 'more', 'message'),
+    [
+        (NAME, ['--checkpoint', 'some.pth'], '--pretrained and --checkpoint contradict each other'),
+        (NAME, [], 'tell 100 classes apart, not 6: give --num-classes 100'),
+        ('wide_deepmoe_resnet32_cifar', [], 'no pretrained weights of wide_deepmoe_resnet32_cifar'),
+    ],
+)
+def test_mistakes_about_pretrained_weights_are_named(folder, network, more, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main([network, '--pretrained', '--data-dir', str(folder), *more])
+    assert message in capsys.readouterr().err
+
+
+def test_weights_that_come_with_the_package(tmp_path):
+    for label in range(100):
+        save_images(tmp_path / f'val/{label:02}', [np.random.default_rng(label).normal(120, 60, (32, 32, 3))])
+    result = evaluate.main([NAME, '--pretrained', '--data-dir', str(tmp_path), '--workers', '0'])
+    assert result['kept_experts']['mean'] < 0.8  # all of a new network's

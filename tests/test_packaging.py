@@ -11,6 +11,7 @@ import yaml
 
 import deepmoe_command
 import deepmoe_plugin
+from deepmoe_plugin.models.registration import WEIGHTS
 
 tomllib = pytest.importorskip('tomllib')
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,7 @@ def test_wheel_holds_configs_types_and_licence(wheel: zipfile.ZipFile) -> None:
     }
     assert {f'deepmoe_plugin/.mim/{name}' for name in [*configs, 'model-index.yml']} <= names
     assert {'deepmoe_plugin/py.typed', 'deepmoe_command.py'} <= names
+    assert {str(path.relative_to(ROOT)) for path in WEIGHTS.iterdir()} <= names
     assert any(name.endswith('licenses/LICENSE') for name in names)
     assert not any(name.startswith(('tools/', 'tests/')) for name in names)
 

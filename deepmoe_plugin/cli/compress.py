@@ -21,6 +21,7 @@ import copy
 import math
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ import yaml
 from safetensors.torch import save_file
 from timm.data import create_loader
 from timm.data.transforms import MaybeToTensor
-from timm.models import is_model
-from timm.optim import create_optimizer_v2
+from timm.models import is_model, split_model_name_tag
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.task import LogitDistillationTask
 from timm.utils import AverageMeter, random_seed
 from torch import nn
@@ -70,11 +71,17 @@ crops, which blurs small images, and the gates would react to the blur."""
 def parse_args(argv: Sequence[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = create_parser('compress', __doc__)
     parser.add_argument('network', help="timm's name of the dense network, as resnet50, whose gated twin is trained")
-    add_network_arguments(parser)
+    add_network_arguments(parser, default='those of --pretrained')
     add_image_arguments(parser, help='folder with train/CLASS/* and val/CLASS/*')
     parser.set_defaults(batch_size=128)
     parser.add_argument('--epochs', type=int, default=20, help='(default: %(default)s)')
-    parser.add_argument('--lr', type=float, default=0.01, help='of SGD, falls along a cosine (default: %(default)s)')
+    parser.add_argument(
+        '--opt',
+        default='sgd',
+        metavar='NAME',
+        help="optimizer, by timm's name (default: %(default)s); best the one that the dense network was trained with",
+    )
+    parser.add_argument('--lr', type=float, default=0.01, help='falls along a cosine (default: %(default)s, for SGD)')
     parser.add_argument('--weight-decay', type=float, default=5e-4, help='(default: %(default)s)')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
     parser.add_argument('--channels-last', action='store_true', help='memory format of the networks')
@@ -103,12 +110,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_recipe(parser, args)
     if args.epochs < 1:
         parser.error(f'--epochs must be at least 1, got {args.epochs}')
+    if args.opt not in list_optimizers():
+        close = get_close_matches(args.opt, list_optimizers(), n=3)
+        parser.error(f'--opt: timm has no optimizer {args.opt!r}. Similar: {", ".join(close) or "none"}.')
     try:
         settings = read_settings(args.network, args)
         gated_name = gated_twin(settings['model'])
         images = create_images(args, settings)
-        if args.checkpoint is None:
-            settings['pretrained'] = True
+        args.pretrained |= args.checkpoint is None
         dense = _trained(settings, args)
         loader = training_loader(args, settings)
         plain = training_loader(args, settings, augment=False)
@@ -120,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     compared = {'dense': dense}
     for name in [*args.baselines, 'gated']:
         random_seed(args.seed)
-        model = {'dense': _copy, 'torch-pruning': budget.prune, 'gated': budget.gate}[name](dense)
+        model = {'torch-pruning': budget.prune, 'gated': budget.gate}.get(name, copy.deepcopy)(dense)
         train(name, model, dense, loader, plain, args)
         for title in each_budget(budget.targets, f'{name}, {args.epochs} epochs', model, loader):
             rows.append(judge(title, model, images.loader))
@@ -160,11 +169,12 @@ def _is_segmentor(name: str) -> bool:
 
 
 def gated_twin(name: str) -> str:
-    """Name of the gated network of a dense one; of a gated one its own.
+    """Name of the gated network of a dense one; of a gated one its own. A tag of weights says nothing of the network.
 
     Raises:
         ValueError: there is none.
     """
+    name = split_model_name_tag(name)[0]
     known = name if 'deepmoe' in name else _TWINS.get(name, f'narrow_deepmoe_{name}')
     if not is_model(known):
         names = ', '.join(sorted(n.removeprefix('narrow_deepmoe_') for n in timm.list_models('narrow_deepmoe_*')))
@@ -186,18 +196,7 @@ def _trained(settings: dict[str, Any], args: argparse.Namespace) -> nn.Module:
     GatingConfig.pop_from(arguments)  # of the gated twin alone
     if 'deepmoe' in settings['model']:
         arguments['gated'] = False
-    settings = {**settings, 'model_kwargs': arguments}
-    pretrained = settings.get('pretrained') and args.checkpoint is None
-    settings = {**settings, 'pretrained': False}
-    if pretrained:
-        return timm.create_model(
-            settings['model'], pretrained=True, num_classes=settings['num_classes'], **settings['model_kwargs']
-        ).to(args.device)
-    return create_network(settings, args)
-
-
-def _copy(dense: nn.Module) -> nn.Module:
-    return copy.deepcopy(dense)
+    return create_network({**settings, 'model_kwargs': arguments}, args)
 
 
 def training_loader(args: argparse.Namespace, settings: dict[str, Any], augment: bool = True) -> DataLoader:
@@ -317,7 +316,7 @@ def train(
         device=device,
         verbose=False,
     )
-    optimizer = create_optimizer_v2(model, opt='sgd', lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     path = _checkpoint(args, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     start = 0

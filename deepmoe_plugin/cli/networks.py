@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 import yaml
-from timm.models import is_model, load_checkpoint, load_state_dict
+from timm.models import get_pretrained_cfg, is_model, load_checkpoint, load_state_dict
 from timm.utils import ParseKwargs
 from torch import nn
 
@@ -23,13 +23,22 @@ NETWORK_HELP = (
 )
 
 
-def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `read_settings` and `create_network` read."""
+def add_network_arguments(parser: argparse.ArgumentParser, default: str = 'no training at all') -> None:
+    """Add the arguments that `read_settings` and `create_network` read.
+
+    Args:
+        default: what weights the network has without --checkpoint, for the help.
+    """
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE')
     parser.add_argument(
         '--num-classes', type=int, help='default: as the YAML says; for the name of a model, as many as the images have'
     )
-    parser.add_argument('--checkpoint', help='of timm, or .safetensors; default: no training at all')
+    parser.add_argument('--checkpoint', help=f'of timm, or .safetensors; default: {default}')
+    parser.add_argument(
+        '--pretrained',
+        action='store_true',
+        help="the weights that come with this package, or that timm downloads, for the model's name",
+    )
     parser.add_argument(
         '--use-ema',
         action=argparse.BooleanOptionalAction,
@@ -74,7 +83,7 @@ def read_settings(network: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def create_network(settings: dict[str, Any], args: argparse.Namespace, device: str | None = None) -> nn.Module:
-    """The network in evaluation mode, with the weights of `args.checkpoint`.
+    """The network in evaluation mode, with the weights of `args.checkpoint`, or those of its name.
 
     Args:
         settings: as `read_settings` returns them.
@@ -83,21 +92,25 @@ def create_network(settings: dict[str, Any], args: argparse.Namespace, device: s
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it cannot be read without running code from it, or belongs to another network; or none is given
-            although the settings say that the network starts from one.
+        ValueError: it cannot be read without running code from it, or belongs to another network; there are two, or
+            none although the settings say that the network starts from one.
     """
     checkpoint = args.checkpoint
     device = device or args.device
+    if args.pretrained and checkpoint is not None:
+        raise ValueError('--pretrained and --checkpoint contradict each other: give one of them.')
     started = [name for name in ORIGIN if settings.get(name)]
-    if started and checkpoint is None and device != 'meta':
+    if started and checkpoint is None and not args.pretrained and device != 'meta':
         raise ValueError(
             f'The YAML says {started[0]}: {settings[started[0]]!r}, which is where training started: give the trained '
             f'weights as --checkpoint.'
         )
     arguments = model_arguments(settings)
+    if args.pretrained:
+        _check_pretrained(settings)
     try:
         with torch.device(device):
-            model = timm.create_model(settings['model'], **arguments)
+            model = timm.create_model(settings['model'], pretrained=args.pretrained and device != 'meta', **arguments)
     except TypeError as error:
         raise ValueError(f'{settings["model"]} does not take {", ".join(arguments)}: {error}.') from error
     if checkpoint is not None:
@@ -110,6 +123,19 @@ def create_network(settings: dict[str, Any], args: argparse.Namespace, device: s
         except RuntimeError as error:
             raise ValueError(f'{checkpoint} does not fit {settings["model"]}: {error}') from error
     return model.eval()
+
+
+def _check_pretrained(settings: dict[str, Any]) -> None:
+    """Check that there are weights of a model's name for these classes; timm would draw a new classifier."""
+    name, classes = settings['model'], class_count(settings)
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise ValueError(f'There are no pretrained weights of {name}: give its trained weights as --checkpoint.')
+    if classes != cfg.num_classes:
+        raise ValueError(
+            f'The pretrained weights of {name} tell {cfg.num_classes} classes apart, not {classes}: give '
+            f'--num-classes {cfg.num_classes}, or the weights of a network for {classes} classes as --checkpoint.'
+        )
 
 
 def _choose_weights(settings: dict[str, Any], args: argparse.Namespace) -> bool:

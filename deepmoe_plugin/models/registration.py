@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -9,6 +10,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 SMALL_IMAGE_EMBEDDING = (16, 32, 64, 128)
+WEIGHTS = Path(__file__).with_name('weights')
+"""Trained weights that come with the package, NAME.TAG.safetensors, each with a card, NAME.TAG.md."""
 _PREFIXES = {'wide': 'wide_deepmoe_', 'narrow': 'narrow_deepmoe_', 'twin': ''}
 _IMAGENET = {
     'num_classes': 1000,
@@ -39,12 +42,14 @@ class Network(NamedTuple):
         title: its docstring.
         args: arguments of the network class.
         cfg: timm's default config.
+        tag: of the weights that come with the package, as timm's names have it behind a dot; '' if there are none.
     """
 
     name: str
     title: str
     args: dict[str, Any]
     cfg: dict[str, Any]
+    tag: str = ''
 
 
 class Base(NamedTuple):
@@ -57,6 +62,7 @@ class Base(NamedTuple):
         cfg: entries of timm's default config that differ from those of the family.
         variants: 'wide' (experts doubled), 'narrow' (as many as the base network has channels) and 'twin' (the dense
             base network itself, where timm lacks it).
+        tags: of trained weights that come with the package, by variant.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Base(NamedTuple):
     args: dict[str, Any]
     cfg: dict[str, Any] = {}
     variants: tuple[str, ...] = ('wide', 'narrow')
+    tags: dict[str, str] = {}
 
 
 def register_family(
@@ -85,7 +92,7 @@ def register_family(
         own: dict[str, Any] = {'wide': {'widen': 2}, 'narrow': {'widen': 1}, 'twin': {'gated': False}}[variant]
         kind = {'wide': 'Wide-DeepMoE on', 'narrow': 'Narrow-DeepMoE on', 'twin': 'Dense'}[variant]
         cfg = {**common, 'first_conv': convs, 'classifier': classifier, **base.cfg}
-        table.append(Network(name, f'{kind} {base.title}.', {**base.args, **own}, cfg))
+        table.append(Network(name, f'{kind} {base.title}.', {**base.args, **own}, cfg, base.tags.get(variant, '')))
     register_networks(module, create, table)
 
 
@@ -99,9 +106,17 @@ def register_networks(module: str, create: Callable[..., nn.Module], networks: I
     """
     family: Any = sys.modules[module]
     networks = list(networks)
-    family.default_cfgs = generate_default_cfgs({network.name: network.cfg for network in networks})
+    family.default_cfgs = generate_default_cfgs(dict(map(_default_cfg, networks)))
     for network in networks:
         setattr(family, network.name, register_model(_entry_point(module, create, network)))
+
+
+def _default_cfg(network: Network) -> tuple[str, dict[str, Any]]:
+    """Name with tag, and timm's default config, which says where the weights are."""
+    if not network.tag:
+        return network.name, network.cfg
+    name = f'{network.name}.{network.tag}'
+    return name, {**network.cfg, 'file': str(WEIGHTS / f'{name}.safetensors')}
 
 
 def _entry_point(module: str, create: Callable[..., nn.Module], network: Network) -> Callable[..., nn.Module]:
