@@ -194,7 +194,7 @@ class TestCheckpointsThatDoNotFit:
 
     def test_gates_for_a_dense_network(self, tmp_path):
         torch.save(build(widen=1).state_dict(), tmp_path / 'gated.pth')
-        self.refused(tmp_path / 'gated.pth', 'unknown', 'gating.', gated=False)
+        self.refused(tmp_path / 'gated.pth', 'a gated network', 'leave out gated=False', gated=False)
 
     def test_no_file(self, tmp_path):
         self.refused(tmp_path / 'nowhere.pth', 'init_cfg', error=FileNotFoundError)
