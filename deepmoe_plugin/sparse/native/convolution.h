@@ -24,6 +24,7 @@ struct Convolution {
     int64_t places, place_units;     // of a gathered block: kernel positions, and units from one to the next
     bool gathers, picks, by_rows;
     bool at_once;                    // a thread gathers a kernel row of a block just before it multiplies with it
+    bool by_outputs;                 // a thread multiplies with the weights that it has gathered, rather than with all of them
     bool whole_rows;                 // kernel positions side by side are one run, of weights and of inputs
 
     Convolution(const Team& team, const Operation& op, int64_t group_number, char* pack)
@@ -51,7 +52,8 @@ struct Convolution {
         CHECK(by_rows ? op.rows : op.weight);
         picks = some_in && !gathers;
         at_once = gathers && gathers_at_once();
-        runs = at_once ? ceil_divide(group.count * pixels, RUN) : runs_for();
+        by_outputs = by_rows && !at_once && splits_outputs();
+        runs = at_once || by_outputs ? ceil_divide(group.count * pixels, RUN) : runs_for();
         whole_rows = !picks && op.dilation_width == 1;
         CHECK(op.kernel_width * in_units * 4 <= (int64_t)sizeof(zeros));
         CHECK(op.pad_width <= input.pad);
@@ -68,6 +70,27 @@ struct Convolution {
     int64_t in_bytes() const { return group.count * input.height * input.width * in_pitch; }
     int64_t block_bytes() const { return places * place_units * BLOCK * 4; }
     int64_t row_units() const { return op.kernel_width * in_units; }
+
+    // What a thread reads of weights or inputs that another has written comes from the cache of that one. Where weights are
+    // more, threads share the outputs rather than the pixels; in bfloat16 they would too often write to one cache line.
+    bool splits_outputs() const {
+        const int64_t bytes = vectors() * LANES * places * place_units * 4;
+        return Number::PAIR == 1 && team_size > 1 && vectors() >= team_size && in_bytes() < bytes;
+    }
+    int64_t vectors() const { return ceil_divide(out_count, LANES); }
+    // Each thread has as many vectors of outputs as any other; of those that are left over it has some of the pixels.
+    Span own_vectors(int64_t thread) const { return {vectors() / team_size * thread, vectors() / team_size}; }
+    Span shared_vectors() const { return {vectors() - vectors() % team_size, vectors() % team_size}; }
+
+    // Calls `work(block, vectors)` for each block with some of these vectors; those of the block are counted anew.
+    template <class Work>
+    static void each_block(Span vectors, const Work& work) {
+        const int64_t last = vectors.first + vectors.count;
+        for (int64_t v = vectors.first, now; v < last; v += now) {
+            now = std::min(BLOCK / LANES - v % (BLOCK / LANES), last - v);
+            work(v / (BLOCK / LANES), Span{v % (BLOCK / LANES), now});
+        }
+    }
 
     // Where blocks run one by one, of which each thread has several, and where a kernel row of a block stays in the
     // second-level cache: what is gathered then never leaves it, and the next weights come while these are multiplied
@@ -240,11 +263,14 @@ struct Convolution {
     // --------------------------------------------------------------------------------------- convolution
 
     // Where a thread gathers at once: its blocks, and a share of the pixels of each block that is left over.
-    int64_t run_items() const { return at_once ? (blocks / team_size + blocks % team_size) * team_size : runs * blocks; }
+    int64_t run_items() const {
+        return by_outputs ? team_size : at_once ? (blocks / team_size + blocks % team_size) * team_size : runs * blocks;
+    }
 
     // Compute one block of outputs of a few pixels, those of all images counted through; or of all of them, if a thread
     // gathers the weights for it.
     void run(int64_t item) const {
+        if (by_outputs) return run_own(item);
         if (at_once) {
             const int64_t each = blocks / team_size, items = each + blocks % team_size;
             const int64_t share = item / items, number = item % items, whole = each * team_size;
@@ -258,7 +284,7 @@ struct Convolution {
                 const bool ends = down + 1 == op.kernel_height;
                 const Rest rest = {down, down + 1, block_of(number + ends), ends ? 0 : down + 1};
                 int64_t tiles = 0;
-                for (int64_t r = first; r < last; ++r) run_block(block_of(number), r, rest, tiles);
+                for (int64_t r = first; r < last; ++r) run_block(block_of(number), pixels_of(r), rest, tiles);
             }
             return;
         }
@@ -271,8 +297,26 @@ struct Convolution {
         const int64_t first = item / (blocks * together) * together;
         const int64_t members = std::min(together, runs - first);
         int64_t tiles = 0;
-        run_block((item - first * blocks) / members, first + (item - first * blocks) % members, {0, op.kernel_height}, tiles);
+        const int64_t run = first + (item - first * blocks) % members;
+        run_block((item - first * blocks) / members, pixels_of(run), {0, op.kernel_height}, tiles);
     }
+
+    // The outputs of a thread that has gathered their weights.
+    void run_own(int64_t thread) const {
+        int64_t tiles = 0;
+        for (int64_t run = 0; run < runs; ++run) {
+            const Span all = pixels_of(run), some = part_of(all, thread, team_size);
+            const auto compute = [&](Span vectors, Span pixels) {
+                each_block(vectors, [&](int64_t block, Span of_block) {
+                    run_block(block, pixels, {0, op.kernel_height}, tiles, of_block);
+                });
+            };
+            compute(own_vectors(thread), all);
+            compute(shared_vectors(), some);
+        }
+    }
+
+    Span pixels_of(int64_t run) const { return part_of({0, group.count * pixels}, run, runs); }
 
     struct Rest {
         int64_t first_row, last_row;            // of the kernel, whose products are added now
@@ -298,17 +342,19 @@ struct Convolution {
         }
     }
 
-    // One block of outputs of one run of pixels. `tiles_done`: how many tiles have used the same weights before.
-    void run_block(int64_t block, int64_t run, const Rest& rest, int64_t& tiles_done) const {
-        const int64_t all = group.count * pixels, begin = all * run / runs, end = all * (run + 1) / runs;
-        const int64_t first_image = begin / pixels;
+    // One block of outputs of some pixels, or some vectors of it. `tiles_done`: how many tiles have used the same weights
+    // before.
+    void run_block(int64_t block, Span of_pixels, const Rest& rest, int64_t& tiles_done,
+                   Span of_vectors = {0, BLOCK / LANES}) const {
+        if (!of_pixels.count) return;
+        const int64_t begin = of_pixels.first, end = begin + of_pixels.count, first_image = begin / pixels;
         const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
-        const int64_t vectors = ceil_divide(count, LANES);
+        const int64_t vectors = std::min(ceil_divide(count, LANES), of_vectors.first + of_vectors.count);
 
         Factors factors;
         find_factors(block, first_image, (end - 1) / pixels, factors);
         const char* weight = gathers ? packed_block(block) : op.weight + block * taps * weight_rows * BLOCK * 4;
-        for (int64_t v = 0; v < vectors; v += MAX_VECTORS) {
+        for (int64_t v = of_vectors.first; v < vectors; v += MAX_VECTORS) {
             const int64_t now = std::min<int64_t>(MAX_VECTORS, vectors - v);
             const int64_t tiles = ceil_divide(end - begin, MAX_PIXELS[now]);
             for (int64_t t = 0; t < tiles; ++t, ++tiles_done) {
@@ -323,7 +369,7 @@ struct Convolution {
                 });
             }
         }
-        if (rest.last_row == op.kernel_height) clear_pads(begin, end, block);
+        if (rest.last_row == op.kernel_height && of_vectors.first == 0) clear_pads(begin, end, block);
     }
 
     // What is fetched into the second-level cache while a tile is computed: for the unit k of the products two cache lines

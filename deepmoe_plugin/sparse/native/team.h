@@ -15,6 +15,12 @@ struct Span {             // neighbouring items
     int64_t first, count;
 };
 
+// One of so many parts.
+static Span part_of(Span all, int64_t number, int64_t parts) {
+    const int64_t first = all.count * number / parts;
+    return {all.first + first, all.count * (number + 1) / parts - first};
+}
+
 struct Team {             // threads that run a part of the program together
     Program& program;
     int64_t size, member, turn;
@@ -39,8 +45,7 @@ struct Team {             // threads that run a part of the program together
     // What one of the threads does first of so many items. It is the same part of all operations, so that a thread mostly
     // reads what it has written itself.
     Span part(int64_t count, int64_t thread) const {
-        const int64_t first = count * thread / size;
-        return {first, count * (thread + 1) / size - first};
+        return part_of({0, count}, thread, size);
     }
 
     // Calls `work(owner, item)` for the items of each thread, `count(owner)` of them, each on one of the threads: its own

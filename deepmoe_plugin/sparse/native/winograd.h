@@ -96,7 +96,8 @@ struct Winograd : Convolution<Float> {
         rows = op.dilation_height * ceil_divide(ceil_divide(output.height, op.dilation_height), OUT);
         columns = op.dilation_width * ceil_divide(ceil_divide(output.width, op.dilation_width), OUT);
         const int64_t all = group.count * rows * columns, least = ceil_divide(all, TILES);
-        runs = std::min(std::max(least, all / SHORT_TILES), round_up(least, team_size));
+        by_outputs = splits_outputs();
+        runs = by_outputs ? least : std::min(std::max(least, all / SHORT_TILES), round_up(least, team_size));
         shares = std::max<int64_t>(1, std::min(blocks, team_size / runs));
         most_tiles = ceil_divide(all, runs);
         input_pitch = round_up(in_units, LANES) * 4;
@@ -112,12 +113,15 @@ struct Winograd : Convolution<Float> {
     // ------------------------------------------------------------------------------------------- gather
 
     int64_t parts() const { return ceil_divide(in_units, WEIGHTS); }
-    int64_t pack_items() const { return by_rows ? ceil_divide(out_count, LANES) : blocks * parts(); }
+    int64_t pack_items() const { return by_rows ? vectors() : (by_outputs ? vectors() : blocks) * parts(); }
 
     void gather(int64_t item) const {
         if (by_rows) return transform_rows(item * LANES);
-        const int64_t first = item % parts() * WEIGHTS;
-        transform_block(item / parts(), first, std::min(first + WEIGHTS, in_units));
+        const int64_t first = item % parts() * WEIGHTS, last = std::min(first + WEIGHTS, in_units), number = item / parts();
+        if (by_outputs)
+            each_block({number, 1}, [&](int64_t block, Span vector) { transform_block(block, vector, first, last); });
+        else
+            transform_block(number, {0, ceil_divide(std::min(BLOCK, out_count - number * BLOCK), LANES)}, first, last);
     }
 
     // Of a vector of kept outputs, whose weights become columns in the memory of this thread first.
@@ -131,18 +135,17 @@ struct Winograd : Convolution<Float> {
         for (int64_t k = 0; k < in_units; ++k) transform_weights(columns.of(k), in_units * LANES, output_number, k);
     }
 
-    // Of a block of outputs, all kept, and some kept inputs.
-    void transform_block(int64_t block, int64_t first, int64_t last) const {
-        const int64_t vectors = ceil_divide(std::min(BLOCK, out_count - block * BLOCK), LANES);
-        const int64_t tap_units = weight_rows * BLOCK;
+    // Of some vectors of a block of outputs, all kept, and some kept inputs.
+    void transform_block(int64_t block, Span of_vectors, int64_t first, int64_t last) const {
+        const int64_t tap_units = weight_rows * BLOCK, end = of_vectors.first + of_vectors.count;
         const uint32_t* weights = (const uint32_t*)op.weight + block * taps * tap_units;
         const auto weights_of = [&](int64_t k) {
             const uint32_t* found = weights + (reads ? reads->index[k] : k) * BLOCK;
-            CHECK((const char*)(found + (taps - 1) * tap_units + vectors * LANES) <= op.weight + op.weight_bytes);
+            CHECK((const char*)(found + (taps - 1) * tap_units + end * LANES) <= op.weight + op.weight_bytes);
             return found;
         };
         for (int64_t k = first; k < last; ++k)
-            for (int64_t v = 0; v < vectors; ++v)
+            for (int64_t v = of_vectors.first; v < end; ++v)
                 transform_weights(weights_of(k) + v * LANES, tap_units, block * BLOCK + v * LANES, k);
     }
 
@@ -163,21 +166,37 @@ struct Winograd : Convolution<Float> {
 
     // --------------------------------------------------------------------------------------- convolution
 
-    int64_t run_items() const { return blocks ? runs * shares : 0; }
+    int64_t run_items() const { return by_outputs ? team_size : blocks ? runs * shares : 0; }
 
     void run(int64_t item) const {
-        const int64_t all = group.count * rows * columns, number = item / shares, share = item % shares;
-        const int64_t first = all * number / runs, count = all * (number + 1) / runs - first;
-        const int64_t tiles_of_image = rows * columns, first_image = first / tiles_of_image;
-        for (int64_t i = 0; i < count; ++i) transform_inputs(tile_at(first + i), i);
-        for (int64_t block = blocks * share / shares; block < blocks * (share + 1) / shares; ++block) {
-            Factors factors;
-            find_factors(block, first_image, (first + count - 1) / tiles_of_image, factors);
-            const int64_t channels = std::min(BLOCK, out_count - block * BLOCK);
-            multiply(block, count, ceil_divide(channels, LANES));
-            for (int64_t i = 0; i < count; ++i)
-                write_outputs(tile_at(first + i), i, block, channels, first_image, factors);
+        if (by_outputs) {
+            for (int64_t number = 0; number < runs; ++number) {
+                const Span tiles = tiles_of(number);
+                transform_inputs(tiles);
+                compute(tiles.first, {0, tiles.count}, own_vectors(item));
+                compute(tiles.first, part_of({0, tiles.count}, item, team_size), shared_vectors());
+            }
+            return;
         }
+        const Span tiles = tiles_of(item / shares), some = part_of({0, blocks}, item % shares, shares);
+        const int64_t start = some.first * (BLOCK / LANES), end = (some.first + some.count) * (BLOCK / LANES);
+        transform_inputs(tiles);
+        compute(tiles.first, {0, tiles.count}, {start, std::min(end, vectors()) - start});
+    }
+
+    Span tiles_of(int64_t run) const { return part_of({0, group.count * rows * columns}, run, runs); }
+
+    // Some vectors of outputs of some tiles, counted from the first one whose inputs are transformed.
+    void compute(int64_t first_tile, Span tiles, Span of_vectors) const {
+        const int64_t tiles_of_image = rows * columns, first = first_tile + tiles.first, first_image = first / tiles_of_image;
+        if (!tiles.count) return;
+        each_block(of_vectors, [&](int64_t block, Span now) {
+            Factors factors;
+            find_factors(block, first_image, (first + tiles.count - 1) / tiles_of_image, factors);
+            multiply(block, tiles, now);
+            for (int64_t i = tiles.first; i < tiles.first + tiles.count; ++i)
+                write_outputs(tile_at(first_tile + i), i, block, now, first_image, factors);
+        });
     }
 
     struct Tile {
@@ -191,7 +210,11 @@ struct Winograd : Convolution<Float> {
         return {turn, row / down * down * OUT + row % down, column / across * across * OUT + column % across};
     }
 
-    void transform_inputs(const Tile& tile, int64_t number) const {
+    void transform_inputs(Span tiles) const {
+        for (int64_t i = 0; i < tiles.count; ++i) transform_tile(tile_at(tiles.first + i), i);
+    }
+
+    void transform_tile(const Tile& tile, int64_t number) const {
         const char* pixels[PLACES];
         const char* image = input.data + program.images[group.first + tile.turn] * input.image_bytes;
         for (int i = 0; i < PLACES; ++i) {
@@ -216,20 +239,21 @@ struct Winograd : Convolution<Float> {
         }
     }
 
-    // Products of the transformed inputs of some tiles with a block of transformed weights.
-    void multiply(int64_t block, int64_t count, int64_t vectors) const {
+    // Products of the transformed inputs of some tiles with some vectors of a block of transformed weights.
+    void multiply(int64_t block, Span tiles, Span of_vectors) const {
+        const int64_t end = of_vectors.first + of_vectors.count;
         for (int place = 0; place < PLACES; ++place) {
             const char* weight = packed_block(block) + place * place_units * BLOCK * 4;
             const char* inputs = transformed + place * input_place();
             char* target = products + place * product_place();
-            for (int64_t v = 0; v < vectors; v += MAX_VECTORS) {
-                const int64_t now = std::min<int64_t>(MAX_VECTORS, vectors - v);
-                const int64_t parts = ceil_divide(count, MAX_PIXELS[now]);
+            for (int64_t v = of_vectors.first; v < end; v += MAX_VECTORS) {
+                const int64_t now = std::min<int64_t>(MAX_VECTORS, end - v);
+                const int64_t parts = ceil_divide(tiles.count, MAX_PIXELS[now]);
                 for (int64_t part = 0; part < parts; ++part) {
-                    const int64_t from = count * part / parts, to = count * (part + 1) / parts;
-                    with_size(now, to - from, [&](auto vectors_now, auto tiles_now) {
-                        multiply_tiles<vectors_now, tiles_now>(inputs + from * input_pitch, weight + v * LANES * 4,
-                                                               target + from * product_pitch + v * LANES * 4);
+                    const Span some = part_of(tiles, part, parts);
+                    with_size(now, some.count, [&](auto vectors_now, auto tiles_now) {
+                        multiply_tiles<vectors_now, tiles_now>(inputs + some.first * input_pitch, weight + v * LANES * 4,
+                                                               target + some.first * product_pitch + v * LANES * 4);
                     });
                 }
             }
@@ -253,13 +277,15 @@ struct Winograd : Convolution<Float> {
             for (int v = 0; v < V; ++v) *(Vector*)(target + p * product_pitch + v * LANES * 4) = sums[p][v];
     }
 
-    void write_outputs(const Tile& tile, int64_t number, int64_t block, int64_t channels, int64_t first_image,
+    void write_outputs(const Tile& tile, int64_t number, int64_t block, Span of_vectors, int64_t first_image,
                        const Factors& factors) const {
+        const int64_t channels = std::min(BLOCK, out_count - block * BLOCK);
+        const int64_t end = std::min(channels, (of_vectors.first + of_vectors.count) * LANES);
         const int64_t image = program.images[group.first + tile.turn];
         const int64_t down = op.dilation_height, across = op.dilation_width;
         const int64_t height = std::min<int64_t>(OUT, ceil_divide(output.height - tile.top, down));
         const int64_t width = std::min<int64_t>(OUT, ceil_divide(output.width - tile.left, across));
-        for (int64_t first = 0; first < channels; first += LANES) {
+        for (int64_t first = of_vectors.first * LANES; first < end; first += LANES) {
             Vector x[PLACES];
 #pragma GCC unroll 36
             for (int i = 0; i < PLACES; ++i)
@@ -282,7 +308,7 @@ struct Winograd : Convolution<Float> {
                               channels - first);
                 }
         }
-        for (int64_t i = 0; tile.left == 0 && i < height; ++i) {
+        for (int64_t i = 0; of_vectors.first == 0 && tile.left == 0 && i < height; ++i) {
             const int64_t begin = (tile.turn * output.height + tile.top + i * down) * output.width;
             clear_pads(begin, begin + output.width, block);
         }
