@@ -194,42 +194,77 @@ struct Winograd : Convolution<Float> {
             Factors factors;
             find_factors(block, first_image, (first + tiles.count - 1) / tiles_of_image, factors);
             multiply(block, tiles, now);
-            for (int64_t i = tiles.first; i < tiles.first + tiles.count; ++i)
-                write_outputs(tile_at(first_tile + i), i, block, now, first_image, factors);
+            each_tile(first_tile, tiles, [&](const Tile& tile, int64_t number) {
+                write_outputs(tile, number, block, now, first_image, factors);
+            });
         });
     }
 
     struct Tile {
-        int64_t turn, top, left;  // image of the group, and its first output
+        int64_t turn, row, column;  // image of the group, and its number there
+        int64_t top, left;          // its first output
     };
 
     // Outputs of a tile are as far apart as the kernel's positions, so that they share inputs.
-    Tile tile_at(int64_t number) const {
-        const int64_t turn = number / (rows * columns), row = number / columns % rows, column = number % columns;
-        const int64_t down = op.dilation_height, across = op.dilation_width;
-        return {turn, row / down * down * OUT + row % down, column / across * across * OUT + column % across};
+    Tile tile_at(int64_t turn, int64_t row, int64_t column) const {
+        const auto first = [](int64_t number, int64_t apart) {
+            return apart == 1 ? number * OUT : number / apart * apart * OUT + number % apart;
+        };
+        return {turn, row, column, first(row, op.dilation_height), first(column, op.dilation_width)};
+    }
+
+    // Calls `work(tile, number)` for each of some tiles, counted from `start`.
+    template <class Work>
+    void each_tile(int64_t start, Span tiles, const Work& work) const {
+        const int64_t first = start + tiles.first, turn = first / (rows * columns), place = first % (rows * columns);
+        Tile tile = tile_at(turn, place / columns, place % columns);
+        for (int64_t i = tiles.first; i < tiles.first + tiles.count; ++i) {
+            work(tile, i);
+            const bool ends_row = tile.column + 1 == columns, ends_image = ends_row && tile.row + 1 == rows;
+            tile = tile_at(tile.turn + ends_image, ends_image ? 0 : tile.row + ends_row, ends_row ? 0 : tile.column + 1);
+        }
     }
 
     void transform_inputs(Span tiles) const {
-        for (int64_t i = 0; i < tiles.count; ++i) transform_tile(tile_at(tiles.first + i), i);
+        each_tile(tiles.first, {0, tiles.count}, [&](const Tile& tile, int64_t number) { transform_tile(tile, number); });
     }
 
     void transform_tile(const Tile& tile, int64_t number) const {
-        const char* pixels[PLACES];
+        const int64_t top = tile.top - op.pad_height, left = tile.left - op.pad_width, step = op.dilation_width * in_pitch;
         const char* image = input.data + program.images[group.first + tile.turn] * input.image_bytes;
+        char* target = transformed + number * input_pitch;
+        const int64_t right = left + (IN - 1) * op.dilation_width;
+        if (left >= -input.pad && right < input.width + input.pad && IN * step <= (int64_t)sizeof(zeros)) {
+            const char* starts[IN];  // of rows, whose pixels are so many bytes apart: those around the image are zeros
+            for (int i = 0; i < IN; ++i) {
+                const int64_t row = top + i * op.dilation_height;
+                starts[i] = row >= 0 && row < input.height ? image + input.pixel(row, left) * in_pitch : zeros;
+            }
+            transform_pixels([&](int i) { return starts[i / IN] + i % IN * step; }, target);
+            return;
+        }
+        const char* pixels[PLACES];
         for (int i = 0; i < PLACES; ++i) {
-            const int64_t row = tile.top - op.pad_height + i / IN * op.dilation_height;
-            const int64_t column = tile.left - op.pad_width + i % IN * op.dilation_width;
+            const int64_t row = top + i / IN * op.dilation_height, column = left + i % IN * op.dilation_width;
             const bool inside = row >= 0 && row < input.height && column >= 0 && column < input.width;
             pixels[i] = inside ? image + input.pixel(row, column) * in_pitch : zeros;
-            CHECK(!inside || pixels[i] + in_pitch <= input.data + program.batch * input.image_bytes);
         }
-        char* target = transformed + number * input_pitch;
+        transform_pixels([&](int i) { return pixels[i]; }, target);
+    }
+
+    // The inputs of a tile, which lie at `place(i)`.
+    template <class Place>
+    __attribute__((always_inline)) void transform_pixels(const Place& place, char* target) const {
         for (int64_t channel = 0; channel < in_units; channel += LANES) {
             const int64_t lanes = std::min(LANES, in_units - channel);
             Vector x[PLACES];
 #pragma GCC unroll 36
-            for (int i = 0; i < PLACES; ++i) x[i] = read_some<Float>(pixels[i] + channel * 4, lanes);
+            for (int i = 0; i < PLACES; ++i) {
+                const char* from = place(i) + channel * 4;
+                CHECK(within(from, lanes * 4, input.data, program.batch * input.image_bytes) ||
+                      within(from, lanes * 4, zeros, sizeof(zeros)));
+                x[i] = read_some<Float>(from, lanes);
+            }
 #pragma GCC unroll 6
             for (int row = 0; row < IN; ++row) Transform<OUT>::inputs(x + row * IN, 1);
 #pragma GCC unroll 6
@@ -239,25 +274,36 @@ struct Winograd : Convolution<Float> {
         }
     }
 
+    static bool within(const char* from, int64_t bytes, const char* start, int64_t size) {
+        return from >= start && from + bytes <= start + size;
+    }
+
     // Products of the transformed inputs of some tiles with some vectors of a block of transformed weights.
     void multiply(int64_t block, Span tiles, Span of_vectors) const {
         const int64_t end = of_vectors.first + of_vectors.count;
-        for (int place = 0; place < PLACES; ++place) {
-            const char* weight = packed_block(block) + place * place_units * BLOCK * 4;
-            const char* inputs = transformed + place * input_place();
-            char* target = products + place * product_place();
-            for (int64_t v = of_vectors.first; v < end; v += MAX_VECTORS) {
-                const int64_t now = std::min<int64_t>(MAX_VECTORS, end - v);
-                const int64_t parts = ceil_divide(tiles.count, MAX_PIXELS[now]);
+        for (int64_t v = of_vectors.first; v < end; v += MAX_VECTORS) {
+            const int64_t now = std::min<int64_t>(MAX_VECTORS, end - v), parts = ceil_divide(tiles.count, MAX_PIXELS[now]);
+            const int64_t fewer = tiles.count / parts;  // tiles of a part, or one more
+            const Multiply compute[2] = {multiply_for(now, fewer), multiply_for(now, std::min(fewer + 1, tiles.count))};
+            for (int place = 0; place < PLACES; ++place) {
+                const char* weight = packed_block(block) + (place * place_units * BLOCK + v * LANES) * 4;
+                const char* inputs = transformed + place * input_place();
+                char* target = products + place * product_place() + v * LANES * 4;
                 for (int64_t part = 0; part < parts; ++part) {
                     const Span some = part_of(tiles, part, parts);
-                    with_size(now, some.count, [&](auto vectors_now, auto tiles_now) {
-                        multiply_tiles<vectors_now, tiles_now>(inputs + some.first * input_pitch, weight + v * LANES * 4,
-                                                               target + some.first * product_pitch + v * LANES * 4);
-                    });
+                    (this->*compute[some.count - fewer])(inputs + some.first * input_pitch, weight,
+                                                         target + some.first * product_pitch);
                 }
             }
         }
+    }
+
+    typedef void (Winograd::*Multiply)(const char* inputs, const char* weight, char* target) const;
+
+    static Multiply multiply_for(int64_t vectors, int64_t tiles) {
+        Multiply found = nullptr;
+        with_size(vectors, tiles, [&](auto now, auto count) { found = &Winograd::multiply_tiles<now, count>; });
+        return found;
     }
 
     template <int V, int P>
@@ -285,6 +331,8 @@ struct Winograd : Convolution<Float> {
         const int64_t down = op.dilation_height, across = op.dilation_width;
         const int64_t height = std::min<int64_t>(OUT, ceil_divide(output.height - tile.top, down));
         const int64_t width = std::min<int64_t>(OUT, ceil_divide(output.width - tile.left, across));
+        if (height <= 0 || width <= 0) return;
+        const auto row_bytes = [&](const Value& value) { return down * (value.width + value.pad) * out_pitch; };
         for (int64_t first = of_vectors.first * LANES; first < end; first += LANES) {
             Vector x[PLACES];
 #pragma GCC unroll 36
@@ -294,17 +342,19 @@ struct Winograd : Convolution<Float> {
             for (int row = 0; row < IN; ++row) Transform<OUT>::outputs(x + row * IN, 1);
 #pragma GCC unroll 4
             for (int column = 0; column < OUT; ++column) Transform<OUT>::outputs(x + column, IN);
+            const int64_t channel = block * BLOCK + first;
+            char* target = at(output, image, tile.top, tile.left, channel);
+            char* added = residual ? at(*residual, image, tile.top, tile.left, channel) : nullptr;
+            const int64_t target_row = row_bytes(output), added_row = residual ? row_bytes(*residual) : 0;
+            const float* gate = &factors.gates[tile.turn - first_image][first];
 #pragma GCC unroll 4
             for (int i = 0; i < OUT; ++i)
 #pragma GCC unroll 4
                 for (int j = 0; j < OUT; ++j) {
                     if (i >= height || j >= width) continue;
-                    const int64_t row = tile.top + i * down, column = tile.left + j * across;
-                    const int64_t channel = block * BLOCK + first;
-                    char* added = residual ? at(*residual, image, row, column, channel) : nullptr;
+                    const int64_t shift = j * across * out_pitch;
                     finish<1>({x[i * IN + j]}, factors.bias + first,
-                              {0, nullptr, at(output, image, row, column, channel), added,
-                               &factors.gates[tile.turn - first_image][first]},
+                              {0, nullptr, target + i * target_row + shift, residual ? added + i * added_row + shift : nullptr, gate},
                               channels - first);
                 }
         }
