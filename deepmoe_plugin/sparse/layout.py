@@ -7,7 +7,7 @@ import numpy as np
 LANES = 16
 """Channels in a vector."""
 BLOCK = 64
-"""Outputs whose weights lie together."""
+"""Outputs whose weights lie together, at most."""
 TILES = 56
 """Tiles of `winograd` that a thread computes at a time, at most."""
 MAX_INPUTS = 2**14
@@ -30,7 +30,7 @@ OPERATIONS = np.dtype(
         for name in (
             *('kind', 'input', 'output', 'residual', 'kernel_height', 'kernel_width', 'pad_height', 'pad_width'),
             *('stride_height', 'stride_width', 'dilation_height', 'dilation_width', 'image_channels', 'activation'),
-            *('tile', 'bias', 'weight', 'weight_bytes', 'rows', 'rows_bytes'),
+            *('tile', 'block', 'bias', 'weight', 'weight_bytes', 'rows', 'rows_bytes'),
         )
     ]
 )

@@ -48,6 +48,7 @@ def row_of(
         weight = network.weights[op.output]
         row.update(kind=CONVOLVE, **_geometry(*op.geometry))
         row.update(activation=ACTIVATIONS.index(op.activation), bias=weight.bias.data_ptr())
+        row['block'] = weight.block
         if weight.blocks is not None:
             row.update(weight=weight.blocks.data_ptr(), weight_bytes=weight.blocks.nbytes)
         if weight.rows is not None:

@@ -23,7 +23,8 @@ class PackedWeight:
     Attributes:
         rows: of gated outputs: (output, kernel position, input), inputs filled up to a multiple of the pair that two
             are in bfloat16. Of closed outputs nothing is read.
-        blocks: (output / BLOCK, kernel position, input, BLOCK), zeros behind the last output; in bfloat16, two
+        block: outputs whose weights lie together in `blocks`, in whole vectors.
+        blocks: (output / block, kernel position, input, block), zeros behind the last output; in bfloat16, two
             neighbouring inputs lie side by side for each output. Of gated outputs, None until all are kept: see `fill`.
         bias: (outputs,), float32.
         block_bytes: what `blocks` takes.
@@ -34,7 +35,8 @@ class PackedWeight:
         self.pair = 4 // weight.element_size()
         outputs, inputs, *kernel = weight.shape
         self.shape = outputs, math.prod(kernel), round_up(inputs, self.pair)
-        self.block_bytes = round_up(outputs, BLOCK) * self.shape[1] * self.shape[2] * weight.element_size()
+        self.block = min(BLOCK, round_up(outputs, LANES))
+        self.block_bytes = round_up(outputs, self.block) * self.shape[1] * self.shape[2] * weight.element_size()
         self.bias = bias.float().contiguous()
         # Vectors of inputs may reach beyond the last row.
         self.rows: Tensor | None = buffer(math.prod(self.shape) + SLACK, weight.dtype)
@@ -53,9 +55,9 @@ class PackedWeight:
             assert self.rows is not None
             outputs, taps, inputs = self.shape
             blocks = buffer(self.block_bytes // self.rows.element_size(), self.rows.dtype)
-            target = blocks.view(-1, taps, inputs // self.pair, BLOCK, self.pair)
+            target = blocks.view(-1, taps, inputs // self.pair, self.block, self.pair)
             rows = self.rows[: math.prod(self.shape)].view(outputs, taps, inputs // self.pair, self.pair)
-            for block, part in enumerate(rows.split(BLOCK)):
+            for block, part in enumerate(rows.split(self.block)):
                 target[block, :, :, : len(part)] = part.permute(1, 2, 0, 3)
             self.blocks = blocks
 

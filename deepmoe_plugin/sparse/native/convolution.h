@@ -20,7 +20,8 @@ struct Convolution {
     char *pack, *scratch;
     const Value* residual;
     const int64_t team_size, member;
-    int64_t taps, in_units, out_count, in_pitch, out_pitch, pixels, runs, blocks, weight_rows;
+    int64_t taps, in_units, out_count, in_pitch, out_pitch, pixels, runs, weight_rows;
+    int64_t block, blocks;           // outputs whose weights lie together, in whole vectors and BLOCK at most; how many such
     int64_t places, place_units;     // of a gathered block: kernel positions, and units from one to the next
     bool gathers, picks, by_rows;
     bool at_once;                    // a thread gathers a kernel row of a block just before it multiplies with it
@@ -44,19 +45,25 @@ struct Convolution {
         place_units = in_units;
         weight_rows = ceil_divide(input.channels, Number::PAIR);
         pixels = output.height * output.width;
-        blocks = ceil_divide(out_count, BLOCK);
         const bool some_in = reads && reads->count < input.channels;
         const bool pays = Number::PAIR > 1 || group.count * pixels >= MANY_PIXELS;
         by_rows = writes && writes->count < output.channels;
         gathers = by_rows || (some_in && pays);
         CHECK(by_rows ? op.rows : op.weight);
         picks = some_in && !gathers;
+        in_blocks_of(gathers ? std::min(BLOCK, vectors() * LANES) : op.block);
         at_once = gathers && gathers_at_once();
         by_outputs = by_rows && !at_once && splits_outputs();
+        if (by_outputs) in_blocks_of(block_of_threads());
         runs = at_once || by_outputs ? ceil_divide(group.count * pixels, RUN) : runs_for();
         whole_rows = !picks && op.dilation_width == 1;
         CHECK(op.kernel_width * in_units * 4 <= (int64_t)sizeof(zeros));
         CHECK(op.pad_width <= input.pad);
+    }
+
+    void in_blocks_of(int64_t outputs) {
+        block = outputs;
+        blocks = outputs ? ceil_divide(out_count, outputs) : 0;
     }
 
     // Few enough pixels at a time that all threads have about the same to do.
@@ -68,7 +75,7 @@ struct Convolution {
     }
 
     int64_t in_bytes() const { return group.count * input.height * input.width * in_pitch; }
-    int64_t block_bytes() const { return places * place_units * BLOCK * 4; }
+    int64_t block_bytes() const { return places * place_units * block * 4; }
     int64_t row_units() const { return op.kernel_width * in_units; }
 
     // What a thread reads of weights or inputs that another has written comes from the cache of that one. Where weights are
@@ -78,17 +85,22 @@ struct Convolution {
         return Number::PAIR == 1 && team_size > 1 && vectors() >= team_size && in_bytes() < bytes;
     }
     int64_t vectors() const { return ceil_divide(out_count, LANES); }
+    // What a thread writes of gathered weights lies together as far as possible.
+    int64_t block_of_threads() const {
+        const int64_t own = own_vectors(0).count;
+        return own >= 4 ? BLOCK : own >= 2 ? 2 * LANES : LANES;
+    }
     // Each thread has as many vectors of outputs as any other; of those that are left over it has some of the pixels.
     Span own_vectors(int64_t thread) const { return {vectors() / team_size * thread, vectors() / team_size}; }
     Span shared_vectors() const { return {vectors() - vectors() % team_size, vectors() % team_size}; }
 
-    // Calls `work(block, vectors)` for each block with some of these vectors; those of the block are counted anew.
+    // Calls `work(number, vectors)` for each block with some of these vectors; those of the block are counted anew.
     template <class Work>
-    static void each_block(Span vectors, const Work& work) {
-        const int64_t last = vectors.first + vectors.count;
+    void each_block(Span vectors, const Work& work) const {
+        const int64_t last = vectors.first + vectors.count, each = block / LANES;
         for (int64_t v = vectors.first, now; v < last; v += now) {
-            now = std::min(BLOCK / LANES - v % (BLOCK / LANES), last - v);
-            work(v / (BLOCK / LANES), Span{v % (BLOCK / LANES), now});
+            now = std::min(each - v % each, last - v);
+            work(v / each, Span{v % each, now});
         }
     }
 
@@ -97,7 +109,7 @@ struct Convolution {
     // with. Sums of some pixels wait in memory for the next kernel row.
     bool gathers_at_once() const {
         const bool by_blocks = in_bytes() <= blocks * block_bytes() && blocks >= 2 * team_size;
-        const bool fits = row_units() * BLOCK * 4 <= 2 * CACHED;
+        const bool fits = block == BLOCK && row_units() * BLOCK * 4 <= 2 * CACHED;
         return by_blocks && fits && (op.kernel_height == 1 || group.count * pixels <= SUMMED);
     }
 
@@ -121,19 +133,19 @@ struct Convolution {
     }
 
     // The same of a kernel row of a block, at once.
-    void gather_row(int64_t block, int64_t down) const {
-        const int64_t first = down * op.kernel_width, last = first + op.kernel_width;
-        for (int64_t tap = first; !by_rows && tap < last; ++tap) select(block, tap, 0, in_units);
-        for (int64_t number = block * BLOCK; by_rows && number < std::min(out_count, (block + 1) * BLOCK); number += LANES) {
-            const Columns columns = {packed(number, 0, row_units()), BLOCK, first * in_units};
+    void gather_row(int64_t block_number, int64_t down) const {
+        const int64_t first = down * op.kernel_width, last = first + op.kernel_width, begin = block_number * block;
+        for (int64_t tap = first; !by_rows && tap < last; ++tap) select(block_number, tap, 0, in_units);
+        for (int64_t number = begin; by_rows && number < std::min(out_count, begin + block); number += LANES) {
+            const Columns columns = {packed(number, 0, row_units()), block, first * in_units};
             if (!squeezes()) transpose(number, first * in_units, last * in_units, columns);
             for (int64_t tap = first; squeezes() && tap < last; ++tap) squeeze(number, tap, columns);
         }
     }
 
     // Where the gathered weights of a block lie; each thread has a place for a row if it gathers just before it multiplies.
-    char* packed_block(int64_t block) const {
-        return at_once ? pack + member * row_units() * BLOCK * 4 : pack + block * block_bytes();
+    char* packed_block(int64_t number) const {
+        return at_once ? pack + member * row_units() * block * 4 : pack + number * block_bytes();
     }
 
     typedef const char* Rows[LANES];
@@ -148,8 +160,8 @@ struct Convolution {
     }
 
     uint32_t* packed(int64_t output_number, int64_t unit, [[maybe_unused]] int64_t count) const {
-        uint32_t* place = (uint32_t*)packed_block(output_number / BLOCK) + unit * BLOCK + output_number % BLOCK;
-        CHECK((char*)place >= pack && (char*)(place + (count - 1) * BLOCK + LANES) <= pack + program.pack_bytes);
+        uint32_t* place = (uint32_t*)packed_block(output_number / block) + unit * block + output_number % block;
+        CHECK((char*)place >= pack && (char*)(place + (count - 1) * block + LANES) <= pack + program.pack_bytes);
         return place;
     }
 
@@ -158,7 +170,7 @@ struct Convolution {
         int64_t pitch, first = 0;  // the unit at the start
         uint32_t* of(int64_t unit) const { return start + (unit - first) * pitch; }
     };
-    Columns columns_of(int64_t output_number) const { return {packed(output_number, 0, taps * in_units), BLOCK}; }
+    Columns columns_of(int64_t output_number) const { return {packed(output_number, 0, taps * in_units), block}; }
 
     // Of a vector of kept outputs, whose rows are all that is read; they come out as columns.
     void transpose(int64_t output_number, int64_t first, int64_t last, const Columns& target) const {
@@ -232,12 +244,13 @@ struct Convolution {
     }
 
     // Of one block of outputs, all kept: rows of closed inputs are left out.
-    void select(int64_t block, int64_t tap, int64_t first, int64_t last) const {
-        const char* source = op.weight + (block * taps + tap) * weight_rows * BLOCK * 4;
-        const int64_t bytes = round_up(std::min(BLOCK, out_count - block * BLOCK), LANES) * 4;
-        uint32_t* target = packed(block * BLOCK, (at_once ? tap % op.kernel_width : tap) * in_units, last);
+    void select(int64_t number, int64_t tap, int64_t first, int64_t last) const {
+        const char* source = op.weight + (number * taps + tap) * weight_rows * block * 4;
+        const int64_t bytes = round_up(std::min(block, out_count - number * block), LANES) * 4;
+        uint32_t* target = packed(number * block, (at_once ? tap % op.kernel_width : tap) * in_units, last);
+        CHECK(block == op.block);
         const auto row = [&](int64_t number) {
-            const char* found = source + reads->index[number] / Number::PAIR * BLOCK * 4;
+            const char* found = source + reads->index[number] / Number::PAIR * block * 4;
             CHECK(found >= op.weight && found + bytes <= op.weight + op.weight_bytes);
             return found;
         };
@@ -255,7 +268,7 @@ struct Convolution {
                         units |= reads->index[a + 1] % 2 ? second & 0xffff0000u : second << 16;
                     }
                 }
-                *(Units*)((char*)(target + k * BLOCK) + place) = units;
+                *(Units*)((char*)(target + k * block) + place) = units;
             }
         }
     }
@@ -307,8 +320,8 @@ struct Convolution {
         for (int64_t run = 0; run < runs; ++run) {
             const Span all = pixels_of(run), some = part_of(all, thread, team_size);
             const auto compute = [&](Span vectors, Span pixels) {
-                each_block(vectors, [&](int64_t block, Span of_block) {
-                    run_block(block, pixels, {0, op.kernel_height}, tiles, of_block);
+                each_block(vectors, [&](int64_t number, Span of_block) {
+                    run_block(number, pixels, {0, op.kernel_height}, tiles, of_block);
                 });
             };
             compute(own_vectors(thread), all);
@@ -327,39 +340,38 @@ struct Convolution {
         alignas(64) float bias[BLOCK], gates[RUN + 1][BLOCK];
     };
 
-    void find_factors(int64_t block, int64_t first_image, int64_t last_image, Factors& found) const {
-        const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
-        for (int64_t k = 0; k < count; ++k)
-            found.bias[k] = op.bias[writes ? writes->index[block * BLOCK + k] : block * BLOCK + k];
+    void find_factors(int64_t number, int64_t first_image, int64_t last_image, Factors& found) const {
+        const int64_t first = number * block, count = std::min(block, out_count - first);
+        for (int64_t k = 0; k < count; ++k) found.bias[k] = op.bias[writes ? writes->index[first + k] : first + k];
         std::fill(found.bias + count, found.bias + BLOCK, 0.0f);
         CHECK(last_image - first_image <= RUN);
         for (int64_t i = first_image; writes && i <= last_image; ++i) {
             const float* all = program.gates + program.images[group.first + i] * program.layer_starts[program.num_layers] +
                                program.layer_starts[output.layer];
             float* gate = found.gates[i - first_image];
-            for (int64_t k = 0; k < count; ++k) gate[k] = all[writes->index[block * BLOCK + k]];
+            for (int64_t k = 0; k < count; ++k) gate[k] = all[writes->index[first + k]];
             std::fill(gate + count, gate + BLOCK, 0.0f);
         }
     }
 
     // One block of outputs of some pixels, or some vectors of it. `tiles_done`: how many tiles have used the same weights
     // before.
-    void run_block(int64_t block, Span of_pixels, const Rest& rest, int64_t& tiles_done,
+    void run_block(int64_t number, Span of_pixels, const Rest& rest, int64_t& tiles_done,
                    Span of_vectors = {0, BLOCK / LANES}) const {
         if (!of_pixels.count) return;
         const int64_t begin = of_pixels.first, end = begin + of_pixels.count, first_image = begin / pixels;
-        const int64_t count = std::min(BLOCK, out_count - block * BLOCK);
+        const int64_t count = std::min(block, out_count - number * block);
         const int64_t vectors = std::min(ceil_divide(count, LANES), of_vectors.first + of_vectors.count);
 
         Factors factors;
-        find_factors(block, first_image, (end - 1) / pixels, factors);
-        const char* weight = gathers ? packed_block(block) : op.weight + block * taps * weight_rows * BLOCK * 4;
+        find_factors(number, first_image, (end - 1) / pixels, factors);
+        const char* weight = gathers ? packed_block(number) : op.weight + number * taps * weight_rows * block * 4;
         for (int64_t v = of_vectors.first; v < vectors; v += MAX_VECTORS) {
             const int64_t now = std::min<int64_t>(MAX_VECTORS, vectors - v);
             const int64_t tiles = ceil_divide(end - begin, MAX_PIXELS[now]);
             for (int64_t t = 0; t < tiles; ++t, ++tiles_done) {
                 const int64_t from = begin + (end - begin) * t / tiles, to = begin + (end - begin) * (t + 1) / tiles;
-                const int64_t channel = block * BLOCK + v * LANES;
+                const int64_t channel = number * block + v * LANES;
                 with_size(now, to - from, [&](auto vectors_now, auto pixels_now) {
                     const auto compute = whole_rows ? &Convolution::tile<vectors_now, pixels_now, true>
                                                     : &Convolution::tile<vectors_now, pixels_now, false>;
@@ -369,7 +381,7 @@ struct Convolution {
                 });
             }
         }
-        if (rest.last_row == op.kernel_height && of_vectors.first == 0) clear_pads(begin, end, block);
+        if (rest.last_row == op.kernel_height && of_vectors.first == 0) clear_pads(begin, end, number);
     }
 
     // What is fetched into the second-level cache while a tile is computed: for the unit k of the products two cache lines
@@ -383,17 +395,17 @@ struct Convolution {
 
     // A part of the rows of a block that is gathered soon. So many tiles have fetched others.
     Fetched fetched(const Rest& rest, int64_t part) const {
-        const int64_t block = rest.next_block, row_lines = op.kernel_width * weight_rows * 4 / 64;
-        if (!at_once || block < 0 || block >= blocks) return {};
+        const int64_t number = rest.next_block, row_lines = op.kernel_width * weight_rows * 4 / 64;
+        if (!at_once || number < 0 || number >= blocks) return {};
         if (by_rows) {
-            const int64_t first = block * BLOCK, start = part * row_units() / BLOCK * 2;
+            const int64_t first = number * BLOCK, start = part * row_units() / BLOCK * 2;
             if (first + BLOCK > out_count || start >= row_lines) return {};
             return {op.rows + (rest.next_row * op.kernel_width * weight_rows * 4) + start * 64, writes->index + first,
                     taps * weight_rows * 4, BLOCK - 1, 6};
         }
         if (part >= BLOCK / LANES / 2 || taps > 1) return {};
         if (Number::PAIR > 1) return {};  // a row holds two inputs, of which one may be closed
-        return {op.weight + (block * weight_rows * BLOCK + part * 2 * LANES) * 4, reads->index, BLOCK * 4, -1, 63};
+        return {op.weight + (number * weight_rows * BLOCK + part * 2 * LANES) * 4, reads->index, BLOCK * 4, -1, 63};
     }
 
     // Calls `work` with the numbers of vectors and pixels as types, as it needs a register for each sum.
@@ -434,7 +446,7 @@ struct Convolution {
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sums[p][v] = rest.first_row ? *summed(from + p, channel, v) : Vector{};
         const int64_t row_bytes = (input.width + input.pad) * in_pitch * op.dilation_height;
-        const int64_t tap_bytes = (gathers ? in_units : weight_rows) * BLOCK * 4;
+        const int64_t tap_bytes = (gathers ? in_units : weight_rows) * block * 4;
         for (int64_t down = rest.first_row; down < rest.last_row; ++down, weight += tap_bytes * op.kernel_width) {
             bool inside[P], any = false;
             for (int p = 0; p < P; ++p) {
@@ -484,12 +496,13 @@ struct Convolution {
                                                      const char* weight, int64_t units,
                                                      const Fetched& next) const {
         const int32_t* index = PICKS ? reads->index : nullptr;
+        const int64_t row_bytes = block * 4;
         for (int64_t k = 0; k < units; ++k) {
-            const char* row = weight + (PICKS ? index[k] : k) * BLOCK * 4;
+            const char* row = weight + (PICKS ? index[k] : k) * row_bytes;
             CHECK(gathers || (row >= op.weight && row + V * LANES * 4 <= op.weight + op.weight_bytes));
             CHECK(!gathers || (row >= pack && row + V * LANES * 4 <= pack + program.pack_bytes));
             if (PICKS) {  // no processor guesses which rows come next
-                const char* later = weight + index[std::min(k + AHEAD, units - 1)] * BLOCK * 4;
+                const char* later = weight + index[std::min(k + AHEAD, units - 1)] * row_bytes;
 #pragma GCC unroll 4
                 for (int v = 0; v < V; ++v) __builtin_prefetch(later + v * LANES * 4);
             }
@@ -535,13 +548,13 @@ struct Convolution {
     }
 
     // Zeros around the rows that end among these pixels, and before the first row of an image; of one block.
-    void clear_pads(int64_t begin, int64_t end, int64_t block) const {
-        const int64_t bytes = std::min(BLOCK * Number::SIZE, out_pitch - block * BLOCK * Number::SIZE);
+    void clear_pads(int64_t begin, int64_t end, int64_t number) const {
+        const int64_t first = number * block, bytes = std::min(block * Number::SIZE, out_pitch - first * Number::SIZE);
         for (int64_t i = begin / output.width; output.pad && i < end / output.width; ++i) {
             const int64_t image = program.images[group.first + i / output.height], row = i % output.height;
             for (int64_t p = 0; p < output.pad; ++p) {
-                std::memset(at(output, image, row, output.width + p, block * BLOCK), 0, bytes);
-                if (row == 0) std::memset(at(output, image, 0, p - output.pad, block * BLOCK), 0, bytes);
+                std::memset(at(output, image, row, output.width + p, first), 0, bytes);
+                if (row == 0) std::memset(at(output, image, 0, p - output.pad, first), 0, bytes);
             }
         }
     }

@@ -23,7 +23,7 @@
 
 // Python knows the first of these sizes too, and defines them: see `layout.py`.
 constexpr int64_t LANES = DEEPMOE_LANES;   // outputs in a vector
-constexpr int64_t BLOCK = DEEPMOE_BLOCK;   // outputs whose weights lie together
+constexpr int64_t BLOCK = DEEPMOE_BLOCK;   // outputs whose weights lie together, at most
 constexpr int64_t RUN = 56;            // output pixels that a thread takes at a time, at most
 constexpr int64_t SHORT_RUN = 16;      // the same where there is too little to do for all threads otherwise
 constexpr int64_t CACHED = 1 << 18;    // bytes of inputs that stay in the second-level cache
@@ -76,8 +76,9 @@ struct Operation {
     int64_t image_channels;  // of LOAD
     int64_t activation;
     int64_t tile;            // of CONVOLVE: outputs of a tile of `Winograd` along each side; 0: each product is computed
+    int64_t block;           // of CONVOLVE: outputs whose weights lie together in `weight`
     const float* bias;
-    const char* weight;   // (block, kernel position, input, BLOCK), inputs in units; zeros behind the last output. Of
+    const char* weight;   // (block, kernel position, input, output), inputs in units; zeros behind the last output. Of
     int64_t weight_bytes; // gated outputs, null as long as no group of images keeps all. Of DEPTHWISE (kernel position,
                           // channel), float32, whole vectors, null: only a norm. Of RESPOND weights, biases and epsilon
     const char* rows;     // of gated outputs: (output, kernel position, input). Of DEPTHWISE weights, biases and epsilon

@@ -97,11 +97,12 @@ struct Winograd : Convolution<Float> {
         columns = op.dilation_width * ceil_divide(ceil_divide(output.width, op.dilation_width), OUT);
         const int64_t all = group.count * rows * columns, least = ceil_divide(all, TILES);
         by_outputs = splits_outputs();
+        in_blocks_of(by_outputs ? block_of_threads() : std::min(BLOCK, vectors() * LANES));
         runs = by_outputs ? least : std::min(std::max(least, all / SHORT_TILES), round_up(least, team_size));
         shares = std::max<int64_t>(1, std::min(blocks, team_size / runs));
         most_tiles = ceil_divide(all, runs);
         input_pitch = round_up(in_units, LANES) * 4;
-        product_pitch = std::min(BLOCK, round_up(out_count, LANES)) * 4;
+        product_pitch = block * 4;
         transformed = team.scratch;
         products = transformed + PLACES * input_place();
         CHECK(products + PLACES * product_place() <= team.scratch + program.scratch_bytes);
@@ -118,10 +119,8 @@ struct Winograd : Convolution<Float> {
     void gather(int64_t item) const {
         if (by_rows) return transform_rows(item * LANES);
         const int64_t first = item % parts() * WEIGHTS, last = std::min(first + WEIGHTS, in_units), number = item / parts();
-        if (by_outputs)
-            each_block({number, 1}, [&](int64_t block, Span vector) { transform_block(block, vector, first, last); });
-        else
-            transform_block(number, {0, ceil_divide(std::min(BLOCK, out_count - number * BLOCK), LANES)}, first, last);
+        const int64_t each = by_outputs ? 1 : block / LANES;
+        transform_vectors({number * each, std::min(each, vectors() - number * each)}, first, last);
     }
 
     // Of a vector of kept outputs, whose weights become columns in the memory of this thread first.
@@ -132,26 +131,27 @@ struct Winograd : Convolution<Float> {
             for (int64_t tap = 0; tap < taps; ++tap) squeeze(output_number, tap, columns);
         else
             transpose(output_number, 0, taps * in_units, columns);
-        for (int64_t k = 0; k < in_units; ++k) transform_weights(columns.of(k), in_units * LANES, output_number, k);
+        uint32_t* target = packed(output_number, 0, PLACES * place_units - 1);
+        for (int64_t k = 0; k < in_units; ++k) transform_weights(columns.of(k), in_units * LANES, target + k * block);
     }
 
-    // Of some vectors of a block of outputs, all kept, and some kept inputs.
-    void transform_block(int64_t block, Span of_vectors, int64_t first, int64_t last) const {
-        const int64_t tap_units = weight_rows * BLOCK, end = of_vectors.first + of_vectors.count;
-        const uint32_t* weights = (const uint32_t*)op.weight + block * taps * tap_units;
-        const auto weights_of = [&](int64_t k) {
-            const uint32_t* found = weights + (reads ? reads->index[k] : k) * BLOCK;
-            CHECK((const char*)(found + (taps - 1) * tap_units + end * LANES) <= op.weight + op.weight_bytes);
-            return found;
-        };
-        for (int64_t k = first; k < last; ++k)
-            for (int64_t v = of_vectors.first; v < end; ++v)
-                transform_weights(weights_of(k) + v * LANES, tap_units, block * BLOCK + v * LANES, k);
+    // Of some vectors of outputs, all kept, and some kept inputs.
+    void transform_vectors(Span of_vectors, int64_t first, int64_t last) const {
+        const int64_t tap_units = weight_rows * op.block;
+        for (int64_t v = of_vectors.first; v < of_vectors.first + of_vectors.count; ++v) {
+            const int64_t output_number = v * LANES, before = output_number % op.block;
+            const uint32_t* weights = (const uint32_t*)op.weight + output_number / op.block * taps * tap_units + before;
+            uint32_t* target = packed(output_number, 0, PLACES * place_units - 1);
+            for (int64_t k = first; k < last; ++k) {
+                const uint32_t* found = weights + (reads ? reads->index[k] : k) * op.block;
+                CHECK((const char*)(found + (taps - 1) * tap_units + LANES) <= op.weight + op.weight_bytes);
+                transform_weights(found, tap_units, target + k * block);
+            }
+        }
     }
 
     // The nine weights of an input and some outputs, so many units apart, to what is gathered.
-    __attribute__((always_inline)) void transform_weights(const uint32_t* weight, int64_t tap_units,
-                                                          int64_t output_number, int64_t k) const {
+    __attribute__((always_inline)) void transform_weights(const uint32_t* weight, int64_t tap_units, uint32_t* target) const {
         Vector x[PLACES];
 #pragma GCC unroll 9
         for (int tap = 0; tap < 9; ++tap) x[tap / 3 * IN + tap % 3] = *(const Vector*)(weight + tap * tap_units);
@@ -159,9 +159,8 @@ struct Winograd : Convolution<Float> {
         for (int row = 0; row < 3; ++row) Transform<OUT>::weights(x + row * IN, 1);
 #pragma GCC unroll 6
         for (int column = 0; column < IN; ++column) Transform<OUT>::weights(x + column, IN);
-        uint32_t* target = packed(output_number, k, (PLACES - 1) * place_units + 1);
 #pragma GCC unroll 36
-        for (int i = 0; i < PLACES; ++i) *(Vector*)(target + i * place_units * BLOCK) = x[i];
+        for (int i = 0; i < PLACES; ++i) *(Vector*)(target + i * place_units * block) = x[i];
     }
 
     // --------------------------------------------------------------------------------------- convolution
@@ -179,7 +178,7 @@ struct Winograd : Convolution<Float> {
             return;
         }
         const Span tiles = tiles_of(item / shares), some = part_of({0, blocks}, item % shares, shares);
-        const int64_t start = some.first * (BLOCK / LANES), end = (some.first + some.count) * (BLOCK / LANES);
+        const int64_t each = block / LANES, start = some.first * each, end = (some.first + some.count) * each;
         transform_inputs(tiles);
         compute(tiles.first, {0, tiles.count}, {start, std::min(end, vectors()) - start});
     }
@@ -190,12 +189,12 @@ struct Winograd : Convolution<Float> {
     void compute(int64_t first_tile, Span tiles, Span of_vectors) const {
         const int64_t tiles_of_image = rows * columns, first = first_tile + tiles.first, first_image = first / tiles_of_image;
         if (!tiles.count) return;
-        each_block(of_vectors, [&](int64_t block, Span now) {
+        each_block(of_vectors, [&](int64_t block_number, Span now) {
             Factors factors;
-            find_factors(block, first_image, (first + tiles.count - 1) / tiles_of_image, factors);
-            multiply(block, tiles, now);
+            find_factors(block_number, first_image, (first + tiles.count - 1) / tiles_of_image, factors);
+            multiply(block_number, tiles, now);
             each_tile(first_tile, tiles, [&](const Tile& tile, int64_t number) {
-                write_outputs(tile, number, block, now, first_image, factors);
+                write_outputs(tile, number, block_number, now, first_image, factors);
             });
         });
     }
@@ -279,14 +278,14 @@ struct Winograd : Convolution<Float> {
     }
 
     // Products of the transformed inputs of some tiles with some vectors of a block of transformed weights.
-    void multiply(int64_t block, Span tiles, Span of_vectors) const {
+    void multiply(int64_t block_number, Span tiles, Span of_vectors) const {
         const int64_t end = of_vectors.first + of_vectors.count;
         for (int64_t v = of_vectors.first; v < end; v += MAX_VECTORS) {
             const int64_t now = std::min<int64_t>(MAX_VECTORS, end - v), parts = ceil_divide(tiles.count, MAX_PIXELS[now]);
             const int64_t fewer = tiles.count / parts;  // tiles of a part, or one more
             const Multiply compute[2] = {multiply_for(now, fewer), multiply_for(now, std::min(fewer + 1, tiles.count))};
             for (int place = 0; place < PLACES; ++place) {
-                const char* weight = packed_block(block) + (place * place_units * BLOCK + v * LANES) * 4;
+                const char* weight = packed_block(block_number) + (place * place_units * block + v * LANES) * 4;
                 const char* inputs = transformed + place * input_place();
                 char* target = products + place * product_place() + v * LANES * 4;
                 for (int64_t part = 0; part < parts; ++part) {
@@ -323,9 +322,9 @@ struct Winograd : Convolution<Float> {
             for (int v = 0; v < V; ++v) *(Vector*)(target + p * product_pitch + v * LANES * 4) = sums[p][v];
     }
 
-    void write_outputs(const Tile& tile, int64_t number, int64_t block, Span of_vectors, int64_t first_image,
+    void write_outputs(const Tile& tile, int64_t number, int64_t block_number, Span of_vectors, int64_t first_image,
                        const Factors& factors) const {
-        const int64_t channels = std::min(BLOCK, out_count - block * BLOCK);
+        const int64_t channels = std::min(block, out_count - block_number * block);
         const int64_t end = std::min(channels, (of_vectors.first + of_vectors.count) * LANES);
         const int64_t image = program.images[group.first + tile.turn];
         const int64_t down = op.dilation_height, across = op.dilation_width;
@@ -342,7 +341,7 @@ struct Winograd : Convolution<Float> {
             for (int row = 0; row < IN; ++row) Transform<OUT>::outputs(x + row * IN, 1);
 #pragma GCC unroll 4
             for (int column = 0; column < OUT; ++column) Transform<OUT>::outputs(x + column, IN);
-            const int64_t channel = block * BLOCK + first;
+            const int64_t channel = block_number * block + first;
             char* target = at(output, image, tile.top, tile.left, channel);
             char* added = residual ? at(*residual, image, tile.top, tile.left, channel) : nullptr;
             const int64_t target_row = row_bytes(output), added_row = residual ? row_bytes(*residual) : 0;
@@ -360,7 +359,7 @@ struct Winograd : Convolution<Float> {
         }
         for (int64_t i = 0; of_vectors.first == 0 && tile.left == 0 && i < height; ++i) {
             const int64_t begin = (tile.turn * output.height + tile.top + i * down) * output.width;
-            clear_pads(begin, begin + output.width, block);
+            clear_pads(begin, begin + output.width, block_number);
         }
     }
 };
