@@ -71,17 +71,21 @@ class Executor:
 
     def run(self, x: Tensor, wanted: Sequence[str]) -> list[Tensor]:
         """The wanted values of the trace, for images (B, C, H, W); kept experts are those of the network."""
-        if self._gating_trace is not None and suits(x) and self._runs_natively(x):
-            packed = self.gating(self._gating_trace)(x)
-            if packed is not None:
-                return self.native().run_packed(x, packed, wanted)
-        return self.run_gated(x, self.view.gating(x), wanted)
+        if self._runs_natively(x):
+            return self._run_natively(x, wanted)
+        return self.by_torch().run(x, self.view.gating(x), wanted)
 
     def run_gated(self, x: Tensor, gates: Sequence[Tensor], wanted: Sequence[str]) -> list[Tensor]:
         """The same with given gates, each (B, C_l)."""
-        if self._runs_natively(x):
-            return self.native().run(x, gates, wanted)
-        return self.by_torch().run(x, gates, wanted)
+        runs: Any = self.native() if self._runs_natively(x) else self.by_torch()
+        return runs.run(x, gates, wanted)
+
+    def _run_natively(self, x: Tensor, wanted: Sequence[str]) -> list[Tensor]:
+        if self._gating_trace is not None and suits(x):
+            packed = self.gating(self._gating_trace)(x)
+            if packed is not None:
+                return self.native().run_packed(x, packed, wanted)
+        return self.native().run(x, self.view.gating(x), wanted)
 
     def _runs_natively(self, x: Tensor) -> bool:
         return self._fits and program.available(x) and x.dtype == self._dtype
@@ -124,7 +128,7 @@ class Executor:
     def forward(self, x: Tensor) -> Tensor:
         """See the network, whose head native code knows."""
         if self._runs_natively(x):
-            return self.run(x, [LOGITS])[0].flatten(1)
+            return self._run_natively(x, [LOGITS])[0].flatten(1)
         return type(self.view).forward(self.view, x)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -272,18 +276,11 @@ class SparseNetwork(nn.Module):
     def _view_for(self, x: Tensor) -> Any:
         """The view that takes least time for these images."""
         views = self._views()
-        decides = (
-            self.settings.masked is None
-            and not program.available(x)
-            and x.ndim == 4
-            and len(x) > 1
-            and x.device.type == 'cpu'
+        decides = x.ndim == 4 and len(x) > 1 and self.settings.masked is None and x.device.type == 'cpu'
+        runs_masked = (
+            decides and not program.available(x) and views.is_small((x.shape[2], x.shape[3]), torch.get_num_threads())
         )
-        return (
-            views.masked
-            if decides and views.is_small((x.shape[2], x.shape[3]), torch.get_num_threads())
-            else views.sparse
-        )
+        return views.masked if runs_masked else views.sparse
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -173,14 +173,14 @@ class Schedule:
         table = self.table = np.zeros(len(self.values), dtype=VALUES)
         size = self.dtype.itemsize
         taken: list[tuple[int, int, int, int]] = []  # first and last time, start and end
-        self.outside = [i for i, name in enumerate(self.values) if name in by_torch or name in self.wanted]
+        outside = [i for i, name in enumerate(self.values) if name in by_torch or name in self.wanted]
         for i, name in enumerate(self.values):
             channels, height, width = self.shapes[name]
             layer = self.layers[name]
             pad = self.pads.get(name, 0)
             image_bytes = (pad + height * (width + pad)) * round_up(channels, self.pair) * size
             table[i] = (0, image_bytes, height, width, channels, -1 if layer is None else layer, pad)
-            if i in self.outside:
+            if i in outside:
                 continue
             begin, end = times[name]
             length = round_up(image_bytes * self.batch + SLACK, 64)
@@ -191,7 +191,9 @@ class Schedule:
                 start = max(start, high)
             taken.append((begin, end, start, start + length))
             table[i]['data'] = start
-        self.inside = np.array([i not in self.outside for i in range(len(self.values))], dtype=np.int64)
+        self.given = [self.values[i] for i in outside if self.values[i] in self.wanted]
+        self.numels = (table['image_bytes'] * self.batch // size).tolist()
+        self.inside = np.array([i not in outside for i in range(len(self.values))], dtype=np.int64)
         self.arena_bytes = max((high for *_, high in taken), default=0)
         packs, scratches = [0], [0]
         for row in self.operations[self.operations['kind'] == CONVOLVE]:
@@ -228,9 +230,8 @@ class Schedule:
         """The wanted values, in order."""
         frame = self._frame(self.grouping.choose(gates))
         found: dict[str, Any] = {self.image: x}
-        for i in self.outside:
-            if self.values[i] in self.wanted:
-                found[self.values[i]] = self._allocate(self.values[i], frame.values[i])
+        for name in self.given:
+            found[name] = self._allocate(name, frame)
         header = frame.header
         header.gates, header.source, header.source_strides = gates.ctypes.data, x.data_ptr(), x.stride()
         header.has_lists = 0
@@ -262,10 +263,11 @@ class Schedule:
         """A value for the caller, without what lies around its rows."""
         return value.contiguous(memory_format=torch.channels_last) if self.pads.get(name) else value
 
-    def _allocate(self, name: str, row: Any) -> Tensor:
+    def _allocate(self, name: str, frame: 'Frame') -> Tensor:
+        number = self.numbers[name]
         # Zeros: rows may have some around them, and pixels behind the last channel, that torch does not write.
-        memory = torch.zeros(self.batch * int(row['image_bytes']) // self.dtype.itemsize, dtype=self.dtype)
-        row['data'] = memory.data_ptr()
+        memory = torch.zeros(self.numels[number], dtype=self.dtype)
+        frame.addresses[number] = memory.data_ptr()
         return self._tensor(name, memory)
 
     def _view(self, name: str, frame: 'Frame') -> Tensor:
@@ -293,7 +295,7 @@ class Schedule:
             found[op.output] = result
             return
         # In the order that native code reads, and nobody else's memory.
-        kept = self._allocate(op.output, frame.values[number])
+        kept = self._allocate(op.output, frame)
         kept.copy_(result)
         found[op.output] = kept
 
@@ -325,6 +327,7 @@ class Frame:
 
     Attributes:
         values, table: of the schedule and of the groups.
+        addresses: of the values.
         parts: where those of the groups lie.
         header: all but what belongs to one call.
     """
@@ -334,7 +337,8 @@ class Frame:
         rooms = start + schedule.arena_bytes
         self.start = start
         self.values = schedule.table.copy()
-        self.values['data'] += start * schedule.inside
+        self.addresses = self.values['data']
+        self.addresses += start * schedule.inside
         self.table = groups.table.copy()
         scratch = rooms + max(2, threads) * schedule.pack_bytes
         lines = scratch + threads * schedule.scratch_bytes
