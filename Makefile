@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 
 SEG = deepmoe_resnet18_street_scenes
 SANITIZERS = -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined
-NATIVE_TESTS = $(addprefix tests/test_sparse_,native.py engine.py fuzz.py head.py)
+NATIVE_TESTS = $(addprefix tests/test_sparse_,native.py winograd.py engine.py fuzz.py head.py)
 
 .PHONY: help demo demo-seg test slow sanitize lint docs clean
 
