@@ -72,13 +72,26 @@ def test_gates_of_a_checkpoint(tmp_path):
     assert row['speedup'] > 0
 
 
+def test_pretrained_weights_bring_size_and_classes(tmp_path):
+    save_images(tmp_path / 'images' / 'any', [np.random.default_rng(i).integers(0, 256, (32, 32, 3)) for i in range(3)])
+    few = ('--variants', 'masked', 'sparse', '--repeats', '2', '--warmup', '1', '--out', str(tmp_path / 'result'))
+    done = benchmark(MODEL[0], '--pretrained', '--images', str(tmp_path / 'images'), *few)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / 'result' / 'benchmark.json').read_text())['rows']
+    assert row['size'] == '32x32'
+    assert 0 < row['kept'] < 1
+
+
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
         (('--kept', '1.5'), '--kept'),
         (('--size', '1', '2', '3'), '--size'),
         (('--checkpoint', 'model.pth'), '--images'),
+        (('--pretrained',), '--images'),
+        (('--images', 'x'), '--pretrained'),
         (('--checkpoint', 'model.pth', '--images', 'x', '--kept', '0.5'), '--kept'),
+        (('--pretrained', '--images', 'x', '--kept', '0.5'), '--kept'),
     ],
 )
 def test_wrong_arguments(args, message):

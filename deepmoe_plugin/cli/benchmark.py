@@ -10,6 +10,7 @@ it.
 
     deepmoe benchmark wide_deepmoe_resnet50 --kept 0.5 --out results/resnet50
     deepmoe benchmark wide_deepmoe_resnet50 --checkpoint model_best.pth.tar --images imagenet/val
+    deepmoe benchmark wide_deepmoe_resnet20_cifar --pretrained --images photos
 """
 
 import argparse
@@ -125,7 +126,9 @@ def build(
     """
     dtype, device = DTYPES[args.dtype], torch.device(args.device)
     height, width = args.size
-    settings = {'num_classes': 1000, **read_settings(args.network, args)}
+    settings = read_settings(args.network, args)
+    if not args.pretrained:
+        settings.setdefault('num_classes', 1000)
     name = settings['model']
     network = create_network(settings, args).to(dtype)
     if not isinstance(network, deepmoe_plugin.DeepMoE):
@@ -314,7 +317,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser = create_parser('benchmark', __doc__)
     parser.add_argument('network', help=NETWORK_HELP)
     add_network_arguments(parser)
-    parser.add_argument('--size', type=int, nargs='+', default=[224], help='image height and width (one number: both)')
+    parser.add_argument(
+        '--size', type=int, nargs='+', help="height and width of images, one number for both (default: the network's)"
+    )
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--dtype', choices=DTYPES, default='float32')
     parser.add_argument('--device', default='cpu')
@@ -322,7 +327,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument(
         '--kept', type=float, nargs='+', help='fraction(s) of experts kept in each layer (default: 0.5)'
     )
-    parser.add_argument('--images', help='folder of images (any depth) whose gates to use; needs --checkpoint')
+    parser.add_argument('--images', help='folder of images (any depth) whose gates to use; needs trained weights')
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument(
         '--engines', nargs='+', choices=ENGINES, default=[], help='also time the dense networks on these'
@@ -334,15 +339,20 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', type=output_folder, help='folder for benchmark.csv, benchmark.json and benchmark.png')
     args = parser.parse_args(argv)
-    args.size = args.size * 2 if len(args.size) == 1 else args.size
-    if len(args.size) != 2:
-        parser.error('--size takes one or two numbers')
+    if args.size is not None:
+        args.size = args.size * 2 if len(args.size) == 1 else args.size
+        if len(args.size) != 2:
+            parser.error('--size takes one or two numbers')
     if args.kept and any(not 0 <= kept <= 1 for kept in args.kept):
         parser.error('--kept takes fractions between 0 and 1')
-    if bool(args.checkpoint) != bool(args.images):
-        parser.error('--checkpoint and --images go together: the trained gates and the images that they see')
-    if args.checkpoint and args.kept:
-        parser.error('--kept makes random gates, --checkpoint brings its own: give one of them')
+    args.trained = args.pretrained or args.checkpoint is not None
+    if args.trained != bool(args.images):
+        parser.error(
+            '--images and trained weights (--checkpoint or --pretrained) go together: the gates and the images that '
+            'they see'
+        )
+    if args.trained and args.kept:
+        parser.error('--kept makes random gates, trained weights bring their own: give one of them')
     return parser, args
 
 
@@ -352,8 +362,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    fractions = [None] if args.checkpoint else args.kept or [0.5]
+    fractions = [None] if args.trained else args.kept or [0.5]
     try:
+        if args.size is None:
+            args.size = list(data_config(read_settings(args.network, args))['input_size'][1:])
         rows = [run(args, kept) for kept in fractions]
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
