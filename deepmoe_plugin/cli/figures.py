@@ -21,6 +21,8 @@ COLOURS = [entry['color'] for entry in matplotlib.style.library['petroff10']['ax
 MARKERS = 'os^Dv'
 MAX_KINDS = len(COLOURS) * len(MARKERS)
 """As many kinds of points can be told apart."""
+ROW = 10
+"""Layers side by side, at most."""
 
 
 def unit_of(gmacs: Any) -> tuple[float, str]:
@@ -147,22 +149,26 @@ def draw_experts(usage: Tensor, layers: Sequence[str], widths: Sequence[int], cl
         widths: experts of each layer.
         classes: name of each class.
     """
-    figure, axes = plt.subplots(
-        1, len(layers), figsize=(12, _height(classes)), sharey=True, width_ratios=widths, layout='constrained',
-        squeeze=False,
-    )  # fmt: skip
-    for axis, layer, part in zip(axes[0], layers, usage.split(list(widths), dim=1), strict=True):
-        order = part.mean(0).argsort(descending=True)
-        image = axis.imshow(
-            100 * part[:, order].numpy(), aspect='auto', cmap='cividis', vmin=0, vmax=100, interpolation='none'
-        )
-        # Narrow layers leave no room for their names beside each other.
-        axis.set_title(f'{layer}, {100 * part.mean():.0f} %', fontsize=9, rotation=40, ha='left')
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=max(1, round(12 * len(order) / sum(widths))), integer=True))
-    _name_rows(axes[0, 0], classes)
-    figure.supxlabel('experts of the layer, by use', fontsize='medium')
+    rows = -(-len(layers) // ROW)
+    figure = plt.figure(figsize=(12, rows * _height(classes)), layout='constrained')
     figure.suptitle('Experts kept in each gated layer (percentage: average), by the class of the image')
-    figure.colorbar(image, ax=axes, label='images that keep the expert (%)')
+    panels = [*zip(layers, usage.split(list(widths), dim=1), strict=True)]
+    for number, place in enumerate(figure.subfigures(rows, squeeze=False)[:, 0]):
+        row = panels[number * len(panels) // rows : (number + 1) * len(panels) // rows]
+        experts = [part.shape[1] for _, part in row]
+        axes = place.subplots(1, len(row), sharey=True, width_ratios=experts, squeeze=False)
+        for axis, (layer, part) in zip(axes[0], row, strict=True):
+            order = part.mean(0).argsort(descending=True)
+            image = axis.imshow(
+                100 * part[:, order].numpy(), aspect='auto', cmap='cividis', vmin=0, vmax=100, interpolation='none'
+            )
+            # Narrow layers leave no room for their names beside each other.
+            axis.set_title(f'{layer}, {100 * part.mean():.0f} %', fontsize=9, rotation=40, ha='left')
+            bins = max(1, round(12 * len(order) / sum(experts)))
+            axis.xaxis.set_major_locator(MaxNLocator(nbins=bins, integer=True))
+        _name_rows(axes[0, 0], classes)
+        place.supxlabel('experts of the layer, by use', fontsize='medium')
+        place.colorbar(image, ax=axes, label='images that keep the expert (%)')
     return figure
 
 
